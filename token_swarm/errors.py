@@ -1,0 +1,36 @@
+"""Exceptions that callers of the library may want to tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class BadParameter(ValueError):
+    """A value from outside that cannot be used.
+
+    `field` is the path of the field as the caller wrote it (`sampling.top_p`), `value` what it holds and
+    `allowed` says in words what it may hold.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = f"{shown[:60]}... ({len(shown)} characters)"
+        super().__init__(f"{field}: {shown} is not allowed; it must be {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+
+class UnknownName(LookupError):
+    """A name that names nothing. `kind` says what was looked for ("expert", "particle")."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = ", ".join(sorted(known)) or "none"
+        super().__init__(f"there is no {kind} named {name!r}; known: {names}")
+        self.kind = kind
+        self.name = name
+
+
+class FailedPrecondition(RuntimeError):
+    """Well-formed, but not against this state: such as a particle tuned for another vocabulary."""
