@@ -1,0 +1,53 @@
+"""Every expert keeps the laws of the contract; an expert that does not is caught."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from token_swarm.experts import laws
+from token_swarm.experts.contract import Truncate
+from token_swarm.experts.toy import TextLawExpert, ToyExpert, random_text_law
+from token_swarm.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary((None, b"a", b"b", b"c", b"ab", b"ab", b"abc", b"abca", b"ca", None), eos_ids=(0,))
+TEXTS = ["", "a", "abcab", "cccab"]
+
+
+def toy(**options):
+    return ToyExpert("toy", VOCABULARY, seed=3, max_sequences=5, max_context=50, **options)
+
+
+def text_law():
+    law = random_text_law(b"abc", seed=1)
+    return TextLawExpert("text", VOCABULARY, law, max_sequences=5, max_context=50)
+
+
+TOYS = {"toy": toy, "toy of order 2": lambda: toy(order=2), "text law": text_law}
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("make", TOYS.values(), ids=TOYS.keys())
+def test_toy_experts_keep_the_laws(make, law):
+    law(make(), np.random.default_rng(0), 0.0)
+
+
+@pytest.mark.parametrize("make", TOYS.values(), ids=TOYS.keys())
+def test_toy_experts_write_their_text(make):
+    laws.tokenize_writes_the_text(make(), TEXTS)
+
+
+class ForgetsRollback(ToyExpert):
+    """Keeps the tokens that a truncate takes back."""
+
+    def step(self, ops):
+        return super().step([Truncate(op.sequence, 0) if isinstance(op, Truncate) else op for op in ops])
+
+
+@pytest.mark.parametrize(
+    "law", [laws.truncate_then_extend_equals_fresh, laws.random_operations_equal_fresh]
+)
+def test_a_broken_rollback_is_caught(law):
+    expert = ForgetsRollback("broken", VOCABULARY)
+    with pytest.raises(AssertionError, match="logits differ by"):
+        law(expert, np.random.default_rng(0), 0.0)
