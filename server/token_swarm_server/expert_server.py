@@ -1,0 +1,255 @@
+"""The process of one expert: ExpertService over gRPC around any implementation of the expert contract."""
+
+# ruff: noqa: N802, ARG002 - gRPC gives the handlers their names and arguments
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from token_swarm.errors import BadParameter, FailedPrecondition
+from token_swarm.experts.contract import Expert
+from token_swarm.v1 import expert_pb2, expert_pb2_grpc
+from token_swarm_server import errors, transport, wire
+from token_swarm_server.errors import TransportError
+from token_swarm_server.expert_worker import ExpertWorker, Stream
+
+logger = logging.getLogger(__name__)
+
+SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
+# Rows that a slot holds: a decoding step of this many heads. Larger steps (scoring) travel inline.
+SLOT_ROWS = 32
+_VOCABULARY_CHUNK = 2**20
+# Left in a message for everything but the logits.
+_ENVELOPE_BYTES = 2**20
+_OPTIONS = (
+    ("grpc.max_send_message_length", transport.MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", transport.MAX_MESSAGE_BYTES),
+    # Otherwise a second server binds the same port without an error and steals half of the connections.
+    ("grpc.so_reuseport", 0),
+)
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
+    """Handlers. `directory`: where segments of shared memory are created."""
+
+    def __init__(self, expert: Expert, worker: ExpertWorker, max_rows: int, directory: Path) -> None:
+        self._expert = expert
+        self._worker = worker
+        self._directory = directory
+        self._shared_memory = transport.shared_memory_identity(directory)
+        self._description = wire.spec_to_proto(
+            expert.spec, max_rows=max_rows, shared_memory=self._shared_memory
+        )
+        # Tokenizing does not wait for the model.
+        self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    def close(self) -> None:
+        """Wait for the tokenizer's thread."""
+        self._tokenizer.shutdown()
+
+    async def Describe(
+        self, request: expert_pb2.DescribeRequest, context: _Context
+    ) -> expert_pb2.DescribeResponse:
+        """Return the expert's spec."""
+        return self._description
+
+    async def GetVocabulary(
+        self, request: expert_pb2.GetVocabularyRequest, context: _Context
+    ) -> AsyncIterator[expert_pb2.GetVocabularyResponse]:
+        """Stream the vocabulary."""
+        data = self._expert.spec.vocabulary.to_bytes()
+        for start in range(0, len(data), _VOCABULARY_CHUNK):
+            yield expert_pb2.GetVocabularyResponse(data=data[start : start + _VOCABULARY_CHUNK])
+
+    async def Encode(self, request: expert_pb2.EncodeRequest, context: _Context) -> expert_pb2.EncodeResponse:
+        """Encode a prompt."""
+        loop = asyncio.get_running_loop()
+        try:
+            encoded = await loop.run_in_executor(
+                self._tokenizer, lambda: self._expert.encode(request.prompt, chat=request.chat)
+            )
+            return expert_pb2.EncodeResponse(tokens=encoded.tokens, tail=encoded.tail)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except Exception as exception:
+            await errors.abort(context, exception)
+
+    async def Tokenize(
+        self, request: expert_pb2.TokenizeRequest, context: _Context
+    ) -> expert_pb2.TokenizeResponse:
+        """Tokenize a text."""
+        loop = asyncio.get_running_loop()
+        try:
+            tokens = await loop.run_in_executor(self._tokenizer, self._expert.tokenize, request.text)
+            return expert_pb2.TokenizeResponse(tokens=tokens)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except Exception as exception:
+            await errors.abort(context, exception)
+
+    async def Decode(  # type: ignore[override]  # the stubs know only the generator style
+        self, request_iterator: AsyncIterator[expert_pb2.DecodeRequest], context: _Context
+    ) -> None:
+        """Run one stream; whatever ends it, its sequences and its segment are freed."""
+        stream = self._worker.open_stream()
+        try:
+            await self._attach(stream, context)
+            number = 0
+            while (request := await context.read()) is not transport.END_OF_STREAM:
+                number += 1
+                if request.WhichOneof("message") != "step" or request.step.number != number:
+                    raise TransportError(f"expected step {number}")
+                ops = wire.ops_from_proto(request.step.ops)
+                if (rows := sum(map(wire.row_count, ops))) > self._description.max_rows_per_step:
+                    raise TransportError(
+                        f"step {number} asks for {rows} logit rows; "
+                        f"at most {self._description.max_rows_per_step} are allowed"
+                    )
+                reply = await self._worker.submit(stream, number, ops)
+                await context.write(expert_pb2.DecodeResponse(step=reply))
+        except Exception as exception:
+            await errors.abort(context, exception)
+        finally:
+            self._worker.close_stream(stream)
+
+    async def _attach(self, stream: Stream, context: _Context) -> None:
+        request = await context.read()
+        if request is transport.END_OF_STREAM or request.WhichOneof("message") != "attach":
+            raise TransportError("expected attach as the first message of the stream")
+        chosen = expert_pb2.TRANSPORT_INLINE
+        if request.attach.transport != expert_pb2.TRANSPORT_INLINE and await self._share(stream, context):
+            chosen = expert_pb2.TRANSPORT_SHARED_MEMORY
+        elif request.attach.transport == expert_pb2.TRANSPORT_SHARED_MEMORY:
+            raise FailedPrecondition("transport: shared memory was asked for, but cannot be had")
+        attached = expert_pb2.Attached(transport=chosen)
+        await context.write(expert_pb2.DecodeResponse(attached=attached))
+
+    async def _share(self, stream: Stream, context: _Context) -> bool:
+        """Offer a segment; False if there is none, or the caller could not map it."""
+        if self._shared_memory is None:
+            return False
+        spec = self._expert.spec
+        row_bytes = spec.vocabulary.width * spec.dtype.itemsize
+        slot_bytes = min(SLOT_ROWS * row_bytes, transport.MAX_MESSAGE_BYTES)
+        try:
+            segment = transport.SegmentWriter(self._directory, slot_bytes)
+        except OSError as error:
+            logger.warning("no shared memory for logits in %s: %s", self._directory, error)
+            return False
+        stream.segment = segment
+        try:
+            offer = expert_pb2.Offer(name=segment.name, slots=segment.slots, slot_bytes=slot_bytes)
+            await context.write(expert_pb2.DecodeResponse(offer=offer))
+            answer = await context.read()
+        finally:
+            segment.unlink()
+        if answer is transport.END_OF_STREAM or answer.WhichOneof("message") != "mapped":
+            raise TransportError("expected mapped as the answer to an offer")
+        if not answer.mapped.success:
+            stream.segment = None
+            segment.close()
+        return bool(answer.mapped.success)
+
+
+def _prepare_address(address: str) -> str:
+    """Check where to listen. Raises BadParameter; makes the private directory of a UNIX socket."""
+    allowed = "unix:/absolute/path of less than 108 bytes, 127.0.0.1:port, localhost:port or [::1]:port"
+    scheme, _, rest = address.partition(":")
+    if scheme == "unix":
+        path = Path(rest)
+        if not path.is_absolute() or len(os.fsencode(rest)) > 107:
+            raise BadParameter("address", address, allowed)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # gRPC would silently take the socket away from a server that listens there.
+        with socket.socket(socket.AF_UNIX) as probe:
+            if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and probe.connect_ex(rest) == 0:
+                raise BadParameter("address", address, "an address where no other server listens")
+        return address
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost", "[::1]") or not port.isdecimal() or int(port) > 65535:
+        raise BadParameter("address", address, allowed)
+    return address
+
+
+class ExpertServer:
+    """One expert behind one address, from `start` to `stop`."""
+
+    def __init__(self, expert: Expert, address: str, *, directory: Path = Path("/dev/shm")) -> None:
+        """`address`: unix:PATH, or loopback host:port (0: any). `directory`: memory-backed.
+
+        Raises BadParameter for an address that cannot be used.
+        """
+        spec = expert.spec
+        row_bytes = spec.vocabulary.width * spec.dtype.itemsize
+        max_rows = max(1, (transport.MAX_MESSAGE_BYTES - _ENVELOPE_BYTES) // row_bytes)
+        self._expert = expert
+        self._worker = ExpertWorker(expert, max_rows)
+        self._servicer = _Servicer(expert, self._worker, max_rows, directory)
+        self._requested = _prepare_address(address)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+        self._server = grpc.aio.server(options=_OPTIONS)
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.address = address
+
+    async def start(self) -> None:
+        """Listen; `address` then holds the port that was chosen. Raises BadParameter if it is taken."""
+        try:
+            port = self._server.add_insecure_port(self._requested)
+        except RuntimeError as error:
+            raise BadParameter("address", self._requested, "free to listen on") from error
+        if not self._requested.startswith("unix:"):
+            self.address = f"{self._requested.rpartition(':')[0]}:{port}"
+        self._worker.start()
+        await self._server.start()
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Say so to health checks, end every stream, free its sequences, then free the expert."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(None)
+        await self._worker.stop()
+        self._servicer.close()
+        self._expert.close()
+
+
+async def serve(
+    expert: Expert,
+    address: str,
+    *,
+    directory: Path = Path("/dev/shm"),
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Host `expert` until SIGTERM or SIGINT; `on_ready` is called with the address once it answers.
+
+    Raises BadParameter for an address that cannot be used or is taken.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = ExpertServer(expert, address, directory=directory)
+    await server.start()
+    try:
+        if on_ready is not None:
+            on_ready(server.address)
+        await stopping.wait()
+    finally:
+        await server.stop()

@@ -1,0 +1,239 @@
+"""The one thread that runs an expert's model, and the queue before it that all streams share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from token_swarm.experts.contract import (
+    Close,
+    Expert,
+    Extend,
+    Fork,
+    Op,
+    Open,
+    OpError,
+    OpErrorKind,
+    StepResult,
+    Truncate,
+)
+from token_swarm.v1 import expert_pb2
+from token_swarm_server import transport, wire
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Stream:
+    """One caller. Sequence ids are its own: `base` sets them apart from those of other streams.
+
+    `live`: ids, as the caller knows them, that may hold a sequence. `segment`: shared memory, if any.
+    """
+
+    base: int
+    live: set[int] = field(default_factory=set)
+    segment: transport.SegmentWriter | None = None
+
+
+@dataclass(eq=False)
+class _Job:
+    """A step of one stream that waits for the model; `reply` is resolved with the answer."""
+
+    stream: Stream
+    number: int
+    ops: tuple[Op, ...]
+    reply: asyncio.Future[expert_pb2.StepReply]
+
+
+def _move(op: Op, base: int) -> Op:
+    """The operation on sequence ids that are `base` higher."""
+    match op:
+        case Open(sequence, tokens, rows):
+            return Open(base + sequence, tokens, rows)
+        case Extend(sequence, tokens, rows):
+            return Extend(base + sequence, tokens, rows)
+        case Fork(sequence, new):
+            return Fork(base + sequence, base + new)
+        case Truncate(sequence, length):
+            return Truncate(base + sequence, length)
+        case Close(sequence):
+            return Close(base + sequence)
+
+
+def _named(error: OpError | None, op: Op, base: int) -> OpError | None:
+    """The error in the caller's own sequence ids."""
+    if error is None or base == 0:
+        return error
+    message = error.message
+    for sequence in {op.sequence, op.new} if isinstance(op, Fork) else {op.sequence}:
+        message = message.replace(str(base + sequence), str(sequence))
+    return OpError(error.kind, message)
+
+
+class ExpertWorker:
+    """Runs the steps of all streams; steps that wait at the same moment become one step of the expert."""
+
+    def __init__(self, expert: Expert, max_rows: int) -> None:
+        """`max_rows`: most logit rows of steps that are merged."""
+        self._expert = expert
+        self._max_rows = max_rows
+        self._pending: deque[_Job | Stream] = deque()
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._streams = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert")
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to take steps."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Finish what is queued and end the thread. No stream may be open."""
+        self._stopping = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task
+        self._thread.shutdown()
+
+    def open_stream(self) -> Stream:
+        """Admit a caller."""
+        # Ids on the wire have 64 bits.
+        stream = Stream(base=self._streams << 64)
+        self._streams += 1
+        return stream
+
+    def close_stream(self, stream: Stream) -> None:
+        """Free what the stream holds, after the step that may be running. Never waits."""
+        self._pending.append(stream)
+        self._wake.set()
+
+    async def submit(self, stream: Stream, number: int, ops: Sequence[Op]) -> expert_pb2.StepReply:
+        """Queue a step and wait for its answer. A step whose caller stops waiting is not run if it can be."""
+        job = _Job(stream, number, tuple(ops), asyncio.get_running_loop().create_future())
+        self._pending.append(job)
+        self._wake.set()
+        return await job.reply
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._pending:
+                first = self._pending.popleft()
+                if isinstance(first, Stream):
+                    await loop.run_in_executor(self._thread, self._free, first)
+                elif jobs := self._take(first):
+                    await self._answer(jobs)
+            if self._stopping:
+                return
+
+    def _take(self, first: _Job) -> list[_Job]:
+        """The jobs that run next: those at the head of the queue, as far as their rows fit one step."""
+        jobs: list[_Job] = []
+        rows = 0
+        job: _Job | Stream = first
+        while isinstance(job, _Job):
+            if not job.reply.done():
+                rows += sum(map(wire.row_count, job.ops))
+                if jobs and rows > self._max_rows:
+                    break
+                jobs.append(job)
+            if not self._pending:
+                return jobs
+            job = self._pending.popleft()
+        self._pending.appendleft(job)
+        return jobs
+
+    async def _answer(self, jobs: list[_Job]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            replies = await loop.run_in_executor(self._thread, self._step, jobs)
+        except Exception as exception:
+            for job in jobs:
+                if not job.reply.done():
+                    job.reply.set_exception(exception)
+            return
+        for job, reply in zip(jobs, replies, strict=True):
+            if not job.reply.done():
+                job.reply.set_result(reply)
+
+    def _step(self, jobs: list[_Job]) -> list[expert_pb2.StepReply]:
+        """Run the jobs as one step of the expert; in the worker's thread."""
+        ops = [_move(op, job.stream.base) for job in jobs for op in job.ops]
+        for job in jobs:
+            # Before the step: should it fail half-way, everything that it may have opened is freed.
+            job.stream.live.update(op.sequence for op in job.ops if isinstance(op, Open))
+            job.stream.live.update(op.new for op in job.ops if isinstance(op, Fork))
+        started = time.perf_counter()
+        result = self._expert.step(ops)
+        seconds = time.perf_counter() - started
+        self._check(result, len(ops))
+        batch_size = len({op.sequence for op in ops if isinstance(op, Open | Extend)})
+        replies = []
+        start = 0
+        for job in jobs:
+            part = self._part(result, job, start)
+            start += len(job.ops)
+            self._track(job, part)
+            reply = wire.reply_to_proto(job.number, part, seconds=seconds, batch_size=batch_size)
+            transport.put_logits(reply, part.logits, job.stream.segment)
+            replies.append(reply)
+        return replies
+
+    def _check(self, result: StepResult, n_ops: int) -> None:
+        """Raise RuntimeError unless the expert's answer has the form that it promised."""
+        spec = self._expert.spec
+        expected = (spec.dtype, spec.vocabulary.width, n_ops, n_ops)
+        got = (result.logits.dtype, result.logits.shape[1], len(result.spans), len(result.errors))
+        if got != expected:
+            raise RuntimeError(
+                f"expert {spec.name!r} broke its contract: "
+                f"(dtype, width, spans, errors) is {got}, expected {expected}"
+            )
+
+    @staticmethod
+    def _part(result: StepResult, job: _Job, start: int) -> StepResult:
+        """What belongs to one job: its operations begin at `start`."""
+        stop = start + len(job.ops)
+        spans = result.spans[start:stop]
+        first_row, last_row = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+        return StepResult(
+            result.logits[first_row:last_row],
+            tuple((begin - first_row, end - first_row) for begin, end in spans),
+            tuple(
+                _named(error, op, job.stream.base)
+                for error, op in zip(result.errors[start:stop], job.ops, strict=True)
+            ),
+        )
+
+    @staticmethod
+    def _track(job: _Job, result: StepResult) -> None:
+        """Forget sequences that were closed or never came to be."""
+        live = job.stream.live
+        for op, error in zip(job.ops, result.errors, strict=True):
+            match op:
+                case Close(sequence):
+                    live.discard(sequence)
+                case Open(sequence) if error and error.kind is not OpErrorKind.SEQUENCE_EXISTS:
+                    live.discard(sequence)
+                case Fork(_, new) if error and error.kind is not OpErrorKind.SEQUENCE_EXISTS:
+                    live.discard(new)
+
+    def _free(self, stream: Stream) -> None:
+        """Close what a stream left open; in the worker's thread."""
+        try:
+            if stream.live:
+                self._expert.step([Close(stream.base + sequence) for sequence in sorted(stream.live)])
+        except Exception:
+            logger.exception("could not free %d sequences of a stream", len(stream.live))
+        finally:
+            stream.live.clear()
+            if stream.segment is not None:
+                stream.segment.close()
