@@ -34,3 +34,30 @@ class UnknownName(LookupError):
 
 class FailedPrecondition(RuntimeError):
     """Well-formed, but not against this state: such as a particle tuned for another vocabulary."""
+
+
+class FingerprintMismatch(FailedPrecondition):
+    """A particle that was learned for another expert than the running one of the same name."""
+
+    def __init__(self, particle: str, expert: str, wanted: str, running: str) -> None:
+        super().__init__(
+            f"particle {particle!r} was made for an expert {expert!r} with fingerprint {wanted[:12]}, "
+            f"but the running one has {running[:12]}"
+        )
+
+
+class PromptTooLong(BadParameter):
+    """A prompt that does not fit an expert's context."""
+
+    def __init__(self, expert: str, length: int, limit: int) -> None:
+        super().__init__(
+            "prompt", f"{length} tokens of expert {expert}", f"shorter than its context of {limit} tokens"
+        )
+
+
+class ExpertFault(RuntimeError):
+    """An expert broke its contract: logits that are not numbers, rows that are missing."""
+
+    def __init__(self, expert: str, message: str) -> None:
+        super().__init__(f"expert {expert!r}: {message}")
+        self.expert = expert

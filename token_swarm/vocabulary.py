@@ -78,7 +78,9 @@ class Vocabulary:
         magic, width, n_eos, n_blob = struct.unpack_from("<4sIIQ", data)
         expected = header + 4 * width + 4 * n_eos + n_blob
         if magic != _MAGIC or len(data) != expected:
-            raise ValueError(f"not a vocabulary: {len(data)} bytes with tag {magic!r}, expected {expected} with {_MAGIC!r}")
+            raise ValueError(
+                f"not a vocabulary: {len(data)} bytes with tag {magic!r}, expected {expected} with {_MAGIC!r}"
+            )
         lengths = np.frombuffer(data, dtype="<i4", count=width, offset=header)
         eos = np.frombuffer(data, dtype="<i4", count=n_eos, offset=header + 4 * width)
         if int(lengths.clip(min=0).sum()) != n_blob or bool((lengths < -1).any()):

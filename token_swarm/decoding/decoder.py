@@ -1,0 +1,209 @@
+"""The sans-I/O decoder: asks for forwards, consumes logits, and gives out text.
+
+decoder = Decoder(...)
+while calls := decoder.calls():
+    decoder.resume(<run every expert's operations>)
+    show(decoder.take_text())
+run(decoder.close())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from token_swarm.decoding.forwards import Calls, ContextFull, Forwards, Outcome
+from token_swarm.decoding.request import DecodeRequest, FinishReason
+from token_swarm.decoding.sampling import Sampler
+from token_swarm.decoding.text import StopMatcher, Utf8Stream
+from token_swarm.mixing.unit import MixingUnit
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """What one expert contributed to a text.
+
+    tokens: of its own tokenizer in the text. forwards: logit rows asked of it. wasted: of those, rows for
+    histories the text did not take. share: mean posterior share of the chosen symbols.
+    """
+
+    tokens: int
+    forwards: int
+    wasted: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How a text ended.
+
+    length: bytes of the text that was shown. certificate: largest total-variation bound of a group's law over
+    the text; retired: see `ByteGroup`.
+    """
+
+    reason: FinishReason
+    length: int
+    stop: bytes | None
+    experts: Mapping[str, ExpertUse]
+    certificate: float
+    retired: float
+
+
+class Decoder:
+    """One text under one mixing unit."""
+
+    def __init__(
+        self,
+        unit: MixingUnit,
+        request: DecodeRequest,
+        *,
+        allocate: Callable[[str], int],
+        lanes_per_expert: int = 2,
+        forced: bytes | None = None,
+    ) -> None:
+        """allocate(expert) gives an unused sequence id. `forced` makes the decoder follow a text (byte unit
+        only) and record `log_probs`, as scoring with the certificate does."""
+        self._unit = unit
+        self._request = request
+        self._forwards = Forwards(unit, allocate, lanes_per_expert)
+        self._sampler = Sampler(greedy=request.shaping.greedy, seed=request.seed)
+        self._stops = StopMatcher(request.stop)
+        self._utf8 = Utf8Stream()
+        self._forced = forced
+        self._text = bytearray()
+        self._shown = 0
+        self._ready = ""
+        self._shares: dict[str, float] = {}
+        self._symbols = 0
+        self._certificate = 0.0
+        self._reason: FinishReason | None = None
+        self.log_probs: list[float] = []
+        """Log-probability (nats) of every chosen symbol under the mixed law."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text has ended."""
+        return self._reason is not None
+
+    @property
+    def text(self) -> bytes:
+        """The text so far, up to the stop string."""
+        return bytes(self._text)
+
+    def calls(self) -> Calls:
+        """Operations to run next, by expert; empty when the text has ended."""
+        if self.finished:
+            return {}
+        try:
+            return self._forwards.calls()
+        except ContextFull:
+            self._finish(FinishReason.CONTEXT_FULL, len(self._text))
+            return {}
+
+    def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+        """Take what the last `calls` returned, and go on until the next forward is needed."""
+        try:
+            self._forwards.resume(outcomes)
+        except ContextFull:
+            self._finish(FinishReason.CONTEXT_FULL, len(self._text))
+        while not self.finished and not self._unit.due():
+            self._step()
+
+    def take_text(self) -> str:
+        """Text that became showable since the last call: complete code points only."""
+        ready, self._ready = self._ready, ""
+        return ready
+
+    def close(self) -> Calls:
+        """Operations that free the text's KV; to be run however the text ended."""
+        return self._forwards.close()
+
+    def _step(self) -> None:
+        law = self._unit.law()
+        if not law.any():
+            # Nothing can follow: the experts (or their filters) have no continuation in common.
+            self._finish(FinishReason.END_OF_TEXT, len(self._text))
+            return
+        symbol = self._next(law)
+        self._certificate = max(self._certificate, self._unit.certificate)
+        self._symbols += 1
+        for name, share in self._unit.shares(symbol).items():
+            self._shares[name] = self._shares.get(name, 0.0) + share
+        if self._unit.ends(symbol):
+            self._finish(FinishReason.END_OF_TEXT, len(self._text))
+            return
+        self._append(self._unit.advance(symbol))
+
+    def _append(self, data: bytes) -> None:
+        self._text += data
+        limit = self._request.max_bytes
+        if limit is not None and len(self._text) > limit:
+            data = data[: limit - len(self._text)]
+            del self._text[limit:]
+        showable = self._stops.push(self._text, len(data))
+        if self._stops.matched is not None:
+            self._finish(FinishReason.STOP_STRING, showable)
+        elif limit is not None and len(self._text) >= limit:
+            self._finish(FinishReason.MAX_BYTES, limit)
+        elif self._tokens_reached():
+            self._finish(FinishReason.MAX_TOKENS, len(self._text))
+        elif self._forced is not None and len(self._text) == len(self._forced):
+            self._finish(FinishReason.MAX_BYTES, len(self._text))
+        else:
+            self._show(showable)
+
+    def _finish(self, reason: FinishReason, length: int) -> None:
+        self._reason = reason
+        del self._text[length:]
+        self._show(length)
+        # A code point that the limit cut is not shown: half of it would be a character nobody meant.
+        del self._text[len(self._text) - self._utf8.incomplete :]
+
+    @property
+    def finish(self) -> Finish:
+        """How the text ended. Raises RuntimeError while it has not."""
+        if self._reason is None:
+            raise RuntimeError("the text has not ended: run `calls` and `resume` until `finished`")
+        return Finish(
+            reason=self._reason,
+            length=len(self._text),
+            stop=self._stops.matched,
+            experts=self._use(),
+            certificate=self._certificate,
+            retired=self._unit.retired,
+        )
+
+    def _use(self) -> dict[str, ExpertUse]:
+        use = {}
+        for index, group in enumerate(self._unit.groups):
+            history = self._unit.history(index)
+            forwarded = self._forwards.histories[index]
+            on_path = sum(history[: len(other)] == other for other in forwarded)
+            for name in group.names:
+                use[name] = ExpertUse(
+                    tokens=self._unit.own_tokens(index),
+                    forwards=len(forwarded),
+                    wasted=len(forwarded) - on_path,
+                    share=self._shares.get(name, 0.0) / max(1, self._symbols),
+                )
+        return use
+
+    def _next(self, law: npt.NDArray[Any]) -> int:
+        symbol = self._sampler.choose(law) if self._forced is None else self._forced[len(self._text)]
+        self.log_probs.append(float(np.log(law[symbol])) if law[symbol] > 0 else -np.inf)
+        return symbol
+
+    def _tokens_reached(self) -> bool:
+        limit = self._request.max_tokens
+        if limit is None:
+            return False
+        return min(self._unit.own_tokens(group) for group in range(len(self._unit.groups))) >= limit
+
+    def _show(self, showable: int) -> None:
+        if showable > self._shown:
+            self._ready += self._utf8.push(bytes(self._text[self._shown : showable]))
+            self._shown = showable

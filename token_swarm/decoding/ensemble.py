@@ -1,0 +1,72 @@
+"""Builds what a request needs: groups from a mixture, tries, and the mixing unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from token_swarm.decoding.request import DecodeRequest
+from token_swarm.errors import PromptTooLong
+from token_swarm.experts.contract import EncodedPrompt, ExpertSpec
+from token_swarm.mixing.byte_unit import ByteUnit
+from token_swarm.mixing.groups import Group, Unit, make_groups, resolve_unit
+from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.token_unit import TokenUnit
+from token_swarm.mixing.trie import ByteTrie
+from token_swarm.mixing.unit import MixingUnit
+from token_swarm.particle import Mixture, Rule
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The experts that may be mixed and the tries of their vocabularies."""
+
+    specs: Mapping[str, ExpertSpec]
+    tries: Mapping[str, ByteTrie]
+
+    @classmethod
+    def of(cls, specs: Mapping[str, ExpertSpec], cache: Path | None = None) -> Ensemble:
+        """Build, or load from `cache`, one trie per vocabulary."""
+        vocabularies = {spec.vocabulary.fingerprint: spec.vocabulary for spec in specs.values()}
+        tries = {key: ByteTrie.cached(vocabulary, cache) for key, vocabulary in vocabularies.items()}
+        return cls(dict(specs), tries)
+
+    def uniform(self, rule: Rule = Rule.LOG_LINEAR) -> Mixture:
+        """Every expert with the same weight; the weights add up to 1."""
+        return Mixture({name: 1 / len(self.specs) for name in self.specs}, rule)
+
+    def groups(self, mixture: Mixture) -> tuple[Group, ...]:
+        """The groups that `mixture` runs."""
+        return make_groups(self.specs, mixture)
+
+    def unit_kind(self, mixture: Mixture, unit: Unit = Unit.AUTO) -> Unit:
+        """What would be mixed."""
+        return resolve_unit(unit, self.groups(mixture))
+
+    def unit(self, mixture: Mixture, request: DecodeRequest, prompts: Mapping[str, EncodedPrompt]) -> MixingUnit:
+        """The mixing unit of one text. `prompts`: the prompt as each active expert encodes it.
+
+        Raises UnknownName and BadParameter for what the mixture or the request asks for in vain, PromptTooLong when
+        the prompt leaves an expert no room for one more token.
+        """
+        groups = self.groups(mixture)
+        kind = resolve_unit(request.unit, groups)
+        for group in groups:
+            for spec in group.experts:
+                length = len(prompts[spec.name].tokens)
+                if length >= spec.max_context:
+                    raise PromptTooLong(spec.name, length, spec.max_context)
+        if kind is Unit.TOKEN:
+            return TokenUnit(groups[0], prompts[groups[0].names[0]].tokens, request.shaping)
+        return self.byte_unit(groups, request, prompts)
+
+    def byte_unit(
+        self, groups: tuple[Group, ...], request: DecodeRequest, prompts: Mapping[str, EncodedPrompt]
+    ) -> ByteUnit:
+        """The byte unit over any groups, even a single one, whose marginal byte law it then is."""
+        return ByteUnit(groups, self.tries, prompts, request.shaping, epsilon=request.epsilon, window=request.window)
+
+    def score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> ByteUnit:
+        """A byte unit that follows one tokenization: nothing is due, cold heads are given up by the scorer."""
+        return ByteUnit(groups, self.tries, prompts, Shaping(), epsilon=0.0, window=None)

@@ -1,0 +1,121 @@
+"""Turns "these histories need a forward" into operations per expert, and logit rows back into the unit.
+
+This is the sans-I/O seam: `calls` says what to run, `resume` takes what came back. The same code runs in one
+process, in the server, and against toy experts in the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from token_swarm.decoding.lanes import Lane, LaneTable
+from token_swarm.errors import ExpertFault
+from token_swarm.experts.contract import Op, OpError, OpErrorKind
+from token_swarm.mixing.unit import MixingUnit, Need
+
+Outcome = Tensor | OpError
+"""What one operation gave: its logit rows [n, width] (n may be 0), or why it was refused."""
+
+Calls = dict[str, list[Op]]
+"""Operations by expert name, to be run as one step per expert, all experts at the same time."""
+
+_MAX_RECOVERIES = 3
+
+
+class ContextFull(Exception):
+    """A history no longer fits an expert's context."""
+
+
+@dataclass(slots=True)
+class _Wanted:
+    need: Need
+    rows: dict[str, Tensor]
+
+
+class Forwards:
+    """The forwards of one text: lanes per expert, rows that have come back, and counts."""
+
+    def __init__(self, unit: MixingUnit, allocate: Callable[[str], int], lanes_per_expert: int) -> None:
+        self._unit = unit
+        self._lanes: dict[str, LaneTable] = {}
+        self._limits: dict[str, int] = {}
+        for group in unit.groups:
+            for spec in group.experts:
+                name = spec.name
+                self._lanes[name] = LaneTable(lambda name=name: allocate(name), lanes_per_expert)  # type: ignore[misc]
+                self._limits[name] = spec.max_context
+        self._wanted: list[_Wanted] = []
+        self._placed: dict[str, list[tuple[_Wanted, Lane, int]]] = {}
+        self._recoveries = 0
+        self.histories: list[set[tuple[int, ...]]] = [set() for _ in unit.groups]
+        """Per group: the histories that were forwarded."""
+
+    def calls(self) -> Calls:
+        """What must run before the unit has a law; empty when it has one. Raises ContextFull."""
+        known = {id(wanted.need.key): wanted for wanted in self._wanted if wanted.need.key is not None}
+        needs = self._unit.due()
+        self._wanted = [known.get(id(need.key)) or self._same(need) or _Wanted(need, {}) for need in needs]
+        calls: Calls = {}
+        self._placed = {}
+        for name, table in self._lanes.items():
+            waiting = [wanted for wanted in self._wanted if self._is_member(name, wanted) and name not in wanted.rows]
+            if not waiting:
+                continue
+            for wanted in waiting:
+                if len(wanted.need.tokens) > self._limits[name]:
+                    raise ContextFull
+            keep = [self._unit.history(wanted.need.group) for wanted in waiting[:1]]
+            plan = table.plan([wanted.need.tokens for wanted in waiting], keep)
+            calls[name] = plan.ops
+            self._placed[name] = [
+                (wanted, *place) for wanted, place in zip(waiting, plan.lanes, strict=True) if place is not None
+            ]
+        return calls
+
+    def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+        """Take the outcomes of the last `calls`, one per operation, and feed every need that is complete.
+
+        A sequence that an expert has lost is opened again from its whole history by the next `calls`.
+        Raises ContextFull, and ExpertFault when an expert keeps refusing.
+        """
+        for name, placed in self._placed.items():
+            refused = next((o for o in outcomes[name] if isinstance(o, OpError)), None)
+            if refused is not None:
+                self._recover(name, refused)
+                continue
+            for wanted, _, index in placed:
+                rows = outcomes[name][index]
+                if not isinstance(rows, Tensor) or rows.shape[0] != 1:
+                    raise ExpertFault(name, "a forward did not return its logit row")
+                wanted.rows[name] = rows[0]
+        self._placed = {}
+        for wanted in self._wanted:
+            names = self._unit.groups[wanted.need.group].names
+            if all(name in wanted.rows for name in names):
+                self._unit.feed(wanted.need, [wanted.rows[name] for name in names])
+                self.histories[wanted.need.group].add(wanted.need.tokens)
+                self._recoveries = 0
+
+    def _recover(self, name: str, refused: OpError) -> None:
+        if refused.kind is OpErrorKind.CONTEXT_FULL:
+            raise ContextFull
+        self._recoveries += 1
+        if refused.kind is not OpErrorKind.UNKNOWN_SEQUENCE or self._recoveries > _MAX_RECOVERIES:
+            raise ExpertFault(name, refused.message)
+        self._lanes[name].forget_all()
+
+    def close(self) -> Calls:
+        """Operations that free everything this text holds at the experts."""
+        return {name: ops for name, table in self._lanes.items() if (ops := table.close())}
+
+    def _same(self, need: Need) -> _Wanted | None:
+        for wanted in self._wanted:
+            if wanted.need.key is None and need.key is None and wanted.need.tokens == need.tokens:
+                return wanted
+        return None
+
+    def _is_member(self, name: str, wanted: _Wanted) -> bool:
+        return name in self._unit.groups[wanted.need.group].names

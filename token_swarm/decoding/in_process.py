@@ -1,0 +1,91 @@
+"""Runs an ensemble in one process: experts as objects, no network."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from token_swarm.decoding.decoder import Decoder, Finish
+from token_swarm.decoding.ensemble import Ensemble
+from token_swarm.decoding.forwards import Calls, Outcome
+from token_swarm.decoding.request import DecodeRequest
+from token_swarm.decoding.score import Score, Scorer, scored_text
+from token_swarm.experts.contract import EncodedPrompt, Expert
+from token_swarm.particle import Mixture
+
+
+class LocalEnsemble:
+    """Experts in this process. Not for several threads at once."""
+
+    def __init__(self, experts: Mapping[str, Expert], cache: Path | None = None) -> None:
+        self._experts = dict(experts)
+        self.ensemble = Ensemble.of({name: expert.spec for name, expert in self._experts.items()}, cache)
+        self._ids = itertools.count(1)
+
+    def run(self, calls: Calls) -> dict[str, list[Outcome]]:
+        """Run every expert's operations; one outcome per operation."""
+        outcomes: dict[str, list[Outcome]] = {}
+        for name, ops in calls.items():
+            result = self._experts[name].step(ops)
+            outcomes[name] = [error or result.rows(i) for i, error in enumerate(result.errors)]
+        return outcomes
+
+    def encode(self, mixture: Mixture, prompt: str, *, chat: bool = False) -> dict[str, EncodedPrompt]:
+        """The prompt as each active expert reads it."""
+        mixture.require_known(self._experts)
+        return {name: self._experts[name].encode(prompt, chat=chat) for name in mixture.active}
+
+    def decoder(
+        self,
+        prompt: str,
+        mixture: Mixture,
+        request: DecodeRequest,
+        *,
+        chat: bool = False,
+        forced: bytes | None = None,
+    ) -> Decoder:
+        """A decoder for one text; drive it with `run`."""
+        prompts = self.encode(mixture, prompt, chat=chat)
+        unit = self.ensemble.unit(mixture, request, prompts)
+        return Decoder(unit, request, allocate=self.allocate, forced=forced)
+
+    def allocate(self, expert: str) -> int:
+        """A sequence id nobody uses."""
+        del expert
+        return next(self._ids)
+
+    def stream(self, decoder: Decoder) -> Iterator[str]:
+        """Text as it becomes complete; frees the KV however the caller leaves."""
+        try:
+            while calls := decoder.calls():
+                decoder.resume(self.run(calls))
+                if text := decoder.take_text():
+                    yield text
+            if text := decoder.take_text():
+                yield text
+        finally:
+            self.run(decoder.close())
+
+    def generate(
+        self, prompt: str, mixture: Mixture, request: DecodeRequest, *, chat: bool = False
+    ) -> tuple[str, Finish]:
+        """The whole text and how it ended."""
+        decoder = self.decoder(prompt, mixture, request, chat=chat)
+        text = "".join(self.stream(decoder))
+        return text, decoder.finish
+
+    def score(self, prompt: str, text: str, mixture: Mixture) -> Score:
+        """Log-probability of `text` after `prompt`, under the ensemble and under each of its experts."""
+        prompts = self.encode(mixture, prompt)
+        tokens = {
+            name: self._experts[name].tokenize(scored_text(self.ensemble.specs[name], encoded, text)[1])
+            for name, encoded in prompts.items()
+        }
+        scorer = Scorer(self.ensemble, mixture, prompts, text, tokens, self.allocate)
+        try:
+            while calls := scorer.calls():
+                scorer.resume(self.run(calls))
+        finally:
+            self.run(scorer.close())
+        return scorer.score

@@ -1,0 +1,137 @@
+"""KV lanes: which sequences an expert keeps for one text, and how a token history is brought into one of them.
+
+A head only needs its history's KV at the moment of a forward, so a text gets by with one or two sequences per
+expert: the lane that shares the longest prefix with the wanted history is cut back to it and extended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from token_swarm.experts.contract import Close, Extend, Fork, Op, Open, Truncate
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One sequence in an expert's KV and the tokens it holds."""
+
+    sequence: int
+    tokens: Tokens
+
+
+@dataclass
+class LanePlan:
+    """What one step does: `ops`, and per wanted history the lane and the index of the operation with its row.
+
+    A history without a lane (None) has to wait for the next step.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    lanes: list[tuple[Lane, int] | None] = field(default_factory=list)
+
+
+class LaneTable:
+    """The lanes of one text at one expert; at most `limit` of them."""
+
+    def __init__(self, allocate: Callable[[], int], limit: int) -> None:
+        if limit < 1:
+            raise ValueError(f"limit: {limit}, expected at least 1 lane")
+        self._allocate = allocate
+        self._limit = limit
+        self._lanes: list[Lane] = []
+
+    def plan(self, histories: Sequence[Tokens], keep: Collection[Tokens] = ()) -> LanePlan:
+        """Operations after which every placed history has returned its logit row.
+
+        `keep`: histories that may be extended later, whose KV is better forked than cut away while lanes are free.
+        Structure comes first (forks see the lanes as they were), forwards last, so that an expert can run all
+        forwards of the step as one batch.
+        """
+        forks: list[Op] = []
+        cuts: list[Op] = []
+        forwards: list[Op] = []
+        placed: list[tuple[Lane, int] | None] = []
+        held = {lane: lane.tokens for lane in self._lanes}  # as before this step
+        taken: set[Lane] = set()
+        for tokens in histories:
+            # The last token is forwarded again when a lane holds all of them: only a forward returns logits.
+            source, shared = None, 0
+            for lane, kept in held.items():
+                common = min(common_prefix(kept, tokens), len(tokens) - 1)
+                if common > shared and (lane not in taken or self._has_room):
+                    source, shared = lane, common
+            if source is None:
+                lane_or_none = self._vacant(taken, held, forks)
+                if lane_or_none is None:
+                    placed.append(None)
+                    continue
+                lane = lane_or_none
+                forwards.append(Open(lane.sequence, tokens))
+            else:
+                lane, surplus = source, len(held[source]) > shared
+                if source in taken or (surplus and self._has_room and _keeps(held[source], shared, keep)):
+                    lane = Lane(self._allocate(), ())
+                    self._lanes.append(lane)
+                    forks.append(Fork(source.sequence, lane.sequence))
+                if surplus:
+                    cuts.append(Truncate(lane.sequence, shared))
+                forwards.append(Extend(lane.sequence, tokens[shared:]))
+            lane.tokens = tokens
+            taken.add(lane)
+            placed.append((lane, len(forwards) - 1))
+        structure = forks + cuts
+        lanes = [None if place is None else (place[0], place[1] + len(structure)) for place in placed]
+        return LanePlan(structure + forwards, lanes)
+
+    def _vacant(self, taken: Collection[Lane], held: dict[Lane, Tokens], ops: list[Op]) -> Lane | None:
+        if not self._has_room:
+            idle = [lane for lane in self._lanes if lane not in taken]
+            if not idle:
+                return None
+            self._lanes.remove(idle[0])
+            held.pop(idle[0], None)
+            ops.append(Close(idle[0].sequence))
+        lane = Lane(self._allocate(), ())
+        self._lanes.append(lane)
+        return lane
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._lanes) < self._limit
+
+    def forget(self, lane: Lane) -> None:
+        """The expert does not know the lane's sequence any more."""
+        if lane in self._lanes:
+            self._lanes.remove(lane)
+
+    def forget_all(self) -> None:
+        """The expert has lost every sequence, as after a restart."""
+        self._lanes.clear()
+
+    def close(self) -> list[Op]:
+        """Operations that free every lane."""
+        ops: list[Op] = [Close(lane.sequence) for lane in self._lanes]
+        self._lanes.clear()
+        return ops
+
+
+def _keeps(held: Tokens, shared: int, keep: Collection[Tokens]) -> bool:
+    return any(common_prefix(held, history) > shared for history in keep)
+
+
+def common_prefix(left: Tokens, right: Tokens) -> int:
+    """Number of leading tokens two histories share; slices compare at C speed, so bisect over them."""
+    length = min(len(left), len(right))
+    if left[:length] == right[:length]:
+        return length
+    same, different = 0, length
+    while same < different - 1:
+        middle = (same + different) // 2
+        if left[:middle] == right[:middle]:
+            same = middle
+        else:
+            different = middle
+    return same

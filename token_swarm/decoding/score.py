@@ -1,0 +1,225 @@
+"""Teacher-forced scoring: the log-probability of a text, in one chunked pass per expert (sans-I/O).
+
+Only the canonical tokenization of the text is forwarded, so each expert reads it once. The byte law at a position
+is then marginalised over all tokenizations that share a canonical history: the token that is under way, and
+everything longer. What is left out are histories with a non-canonical token; their share is reported as `retired`.
+Each step's law adds up to 1, so the log-probabilities are an honest code length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from token_swarm.decoding.ensemble import Ensemble
+from token_swarm.decoding.forwards import Calls, Outcome
+from token_swarm.errors import BadParameter, ExpertFault, PromptTooLong
+from token_swarm.experts.contract import Close, EncodedPrompt, ExpertSpec, Extend, Open, OpError, Rows
+from token_swarm.mixing.byte_group import Head
+from token_swarm.mixing.byte_law import ByteLaw
+from token_swarm.mixing.byte_unit import ByteUnit
+from token_swarm.mixing.groups import Group
+from token_swarm.particle import Mixture, Rule
+
+CHUNK = 32
+"""Tokens of one forward: bounds the logits in flight (32 rows of 262,144 float32 are 34 MB)."""
+
+
+@dataclass
+class ExpertScore:
+    """One expert's own log-probabilities, nats. `token_log_prob` is its ordinary token-level figure."""
+
+    tokens: int
+    token_log_prob: float = 0.0
+    per_byte: list[float] = field(default_factory=list)
+
+    @property
+    def log_prob(self) -> float:
+        """Log-probability of the text, byte by byte."""
+        return float(np.sum(self.per_byte))
+
+
+@dataclass
+class Score:
+    """Log-probabilities (nats) of a text of `length` bytes. retired: largest share of tokenizations left out."""
+
+    length: int
+    experts: dict[str, ExpertScore]
+    per_byte: list[float] = field(default_factory=list)
+    retired: float = 0.0
+
+    @property
+    def log_prob(self) -> float:
+        """Log-probability of the text under the ensemble."""
+        return float(np.sum(self.per_byte))
+
+    def bits_per_byte(self, expert: str | None = None) -> float:
+        """Code length in bits per byte, of the ensemble or of one expert."""
+        total = self.log_prob if expert is None else self.experts[expert].log_prob
+        return -total / (math.log(2) * self.length)
+
+
+@dataclass
+class _Path:
+    """One expert's canonical way through the text. rows[j]: logits after context + tokens[:j]."""
+
+    context: tuple[int, ...]
+    tokens: tuple[int, ...]
+    sequence: int
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    asked: int = -1
+    law: ByteLaw | None = None
+    law_row: int = -1
+
+    def canonical(self, heads: Sequence[Head]) -> Head | None:
+        """The head whose history lies on this way and has more of it to come, if there is one."""
+        start = len(self.context)
+        for head in heads:
+            row = len(head.tokens) - start
+            if row < len(self.tokens) and head.tokens[start:] == self.tokens[:row]:
+                return head
+        return None
+
+    def next_op(self) -> Open | Extend | None:
+        """The next piece of the pass; the last token's row says nothing about the text."""
+        if self.asked < 0:
+            self.asked = 0
+            return Open(self.sequence, self.context, Rows.LAST)
+        stop = min(self.asked + CHUNK, len(self.tokens) - 1)
+        if stop <= self.asked:
+            return None
+        piece = self.tokens[self.asked : stop]
+        self.asked = stop
+        return Extend(self.sequence, piece, Rows.ALL)
+
+
+def scored_text(spec: ExpertSpec, prompt: EncodedPrompt, text: str) -> tuple[tuple[int, ...], str]:
+    """(context, text to tokenize): the prompt's last token is taken back when its bytes are whole characters."""
+    last = spec.vocabulary.token_bytes[prompt.tokens[-1]]
+    if prompt.tail and last is not None and len(prompt.tokens) > 1:
+        try:
+            return prompt.tokens[:-1], last.decode() + text
+        except UnicodeDecodeError:
+            pass
+    return prompt.tokens, text
+
+
+class Scorer:
+    """Scores one text under a mixture and under each of its experts."""
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        mixture: Mixture,
+        prompts: Mapping[str, EncodedPrompt],
+        text: str,
+        tokens: Mapping[str, Sequence[int]],
+        allocate: Callable[[str], int],
+    ) -> None:
+        """tokens[expert]: canonical tokens of what `scored_text` says for that expert."""
+        if not text:
+            raise BadParameter("text", text, "at least one byte")
+        self._groups = ensemble.groups(mixture)
+        names = [spec.name for group in self._groups for spec in group.experts]
+        self._paths: dict[str, _Path] = {}
+        taken: dict[str, EncodedPrompt] = {}
+        for name in names:
+            spec = ensemble.specs[name]
+            context, whole = scored_text(spec, prompts[name], text)
+            taken[name] = prompts[name] if len(context) < len(prompts[name].tokens) else EncodedPrompt(context, 0)
+            length, limit = len(context) + len(tokens[name]), spec.max_context
+            if length > limit:
+                raise PromptTooLong(name, length, limit)
+            if spec.vocabulary.text(tokens[name]) != whole.encode():
+                raise ExpertFault(name, "its tokens do not write the text they are to score")
+            self._paths[name] = _Path(context, tuple(tokens[name]), allocate(name))
+        self._names = names
+        self._unit = ensemble.score_unit(self._groups, taken)
+        singles = tuple(
+            Group((spec,), (1.0,), (1.0,), 1.0, Rule.LINEAR) for group in self._groups for spec in group.experts
+        )
+        self._own = ensemble.score_unit(singles, taken)
+        self._text = text.encode()
+        self._at = 0
+        self.score = Score(len(self._text), {name: ExpertScore(len(self._paths[name].tokens)) for name in names})
+
+    def calls(self) -> Calls:
+        """The next piece of every pass that is waited for; empty when the text is scored."""
+        if self._at == len(self._text):
+            return {}
+        calls: Calls = {}
+        for name in self._missing():
+            op = self._paths[name].next_op()
+            if op is None:
+                raise ExpertFault(name, "its tokens end before the text does")
+            calls[name] = [op]
+        return calls
+
+    def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+        """Take the rows of the last `calls` and score as far as they reach."""
+        for name, (outcome,) in outcomes.items():
+            if isinstance(outcome, OpError):
+                raise ExpertFault(name, outcome.message)
+            path = self._paths[name]
+            first = path.asked - outcome.shape[0] + 1
+            path.rows.update({first + i: row for i, row in enumerate(outcome)})
+        while self._at < len(self._text) and not self._missing():
+            self._score_byte()
+
+    def close(self) -> Calls:
+        """Operations that free the passes' KV."""
+        return {name: [Close(path.sequence)] for name, path in self._paths.items() if path.asked >= 0}
+
+    def _missing(self) -> set[str]:
+        """Feed every canonical head whose rows are here; returns the experts whose rows are not."""
+        missing: set[str] = set()
+        for unit in (self._unit, self._own):
+            for index, group in enumerate(unit.groups):
+                missing |= self._feed(unit, index, group)
+        return missing
+
+    def _feed(self, unit: ByteUnit, index: int, group: Group) -> set[str]:
+        state, path = unit.states[index], self._paths[group.names[0]]
+        while (head := path.canonical(state.cold)) is not None:
+            row = len(head.tokens) - len(path.context)
+            missing = {name for name in group.names if row not in self._paths[name].rows}
+            if missing:
+                state.keep_only({head.tokens})
+                return missing
+            state.feed(head, self._law(unit, index, group, row))
+        state.keep_only(())
+        return set()
+
+    def _law(self, unit: ByteUnit, index: int, group: Group, row: int) -> ByteLaw:
+        """A group's law after `row` tokens. Where it is also its only expert's own law, it is made once."""
+        path = self._paths[group.names[0]]
+        own = len(group.names) == 1 and group.exponents == (1.0,) and group.temperatures == (1.0,)
+        law = path.law if own and path.law_row == row else None
+        if law is None:
+            law = unit.make_law(index, [self._paths[name].rows[row] for name in group.names])
+        if own:
+            path.law, path.law_row = law, row
+        if unit is self._own:
+            path.rows.pop(row)  # the ensemble's group took it first
+            token = path.tokens[row]
+            position = law.trie.position(token, group.vocabulary.token_bytes[token] or b"")
+            self.score.experts[group.names[0]].token_log_prob += _log(float(law.probabilities[position]))
+        return law
+
+    def _score_byte(self) -> None:
+        byte = self._text[self._at]
+        self.score.per_byte.append(_log(float(self._unit.law()[byte])))
+        for name, law in zip(self._names, self._own.laws, strict=True):
+            self.score.experts[name].per_byte.append(_log(float(law[byte])))
+        for unit in (self._unit, self._own):
+            unit.advance(byte)
+        self._at += 1
+        self.score.retired = max(self._unit.retired, self._own.retired)
+
+
+def _log(probability: float) -> float:
+    return float(np.log(probability)) if probability > 0 else -np.inf

@@ -1,0 +1,218 @@
+"""One group's next-byte law, marginalised over the tokenizations of the text (DESIGN 3 and 4).
+
+A head is a token history (its context) together with the bytes of the text that come after it. Its weight is the
+probability of its history. While the text grows, a head walks down the trie; where its bytes are a whole token, the
+history with that token becomes a head of its own, which needs a forward before it can say what comes next.
+
+    text        " So" | "f"
+    head 1      [ctx]             pending " Sof"     walks on towards " Sofia"
+    head 2      [ctx, " So"]      pending "f"        born when " So" was complete; cold until it is forwarded
+
+A head without a forward is *cold*: its bytes have at most its weight, so with M the mass of the forwarded heads and
+U the weight of the cold ones, the law of the forwarded heads alone is within total variation U / (M + U) of the
+true one. `due` names cold heads, heaviest first, until that bound is at most epsilon. M shrinks with each
+surprising byte while a cold weight stays, so a head that was cold becomes due when the text makes it matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw
+from token_swarm.mixing.trie import ROOT, ByteTrie
+
+# A share of float64 rounding: colder than this changes no digit of the law, even at epsilon 0.
+_NEGLIGIBLE = 2.0**-52
+
+
+@dataclass(slots=True, eq=False)
+class Head:
+    """A token history and what is known after it.
+
+    weight: probability of the history, relative to the other heads of the group. start: offset in the text at
+    which the history's bytes end. law: None while cold. node: trie node of the pending bytes, once there is a law.
+    pending: probability, under the law, that longer tokens follow at the node; 1 while cold.
+    """
+
+    tokens: tuple[int, ...]
+    start: int
+    weight: float
+    law: ByteLaw | None = None
+    node: int = ROOT
+    pending: float = 1.0
+
+    @property
+    def mass(self) -> float:
+        """Probability of the history and the pending bytes; for a cold head its upper bound."""
+        return self.weight * self.pending
+
+
+@dataclass
+class ByteGroup:
+    """The heads of one group over one text.
+
+    epsilon: largest total variation between `law` and the exact law. window: bytes after which a head that is
+    still cold is given up; None never gives up, which keeps the bound on every path but lets work grow
+    with the text. `retired` adds up the shares that were given up.
+    """
+
+    trie: ByteTrie
+    epsilon: float
+    window: int | None = None
+    text: bytearray = field(default_factory=bytearray)
+    heads: list[Head] = field(default_factory=list)
+    retired: float = 0.0
+    lost: bool = False
+    """Set when no tokenization of this vocabulary writes the text: the group has no law any more."""
+
+    @classmethod
+    def start(
+        cls, trie: ByteTrie, tokens: tuple[int, ...], tail: bytes, *, epsilon: float, window: int | None
+    ) -> ByteGroup:
+        """A group after the prompt `tokens`, of which the last writes `tail` and is taken back (if it does)."""
+        history = tokens[:-1] if tail and len(tokens) > 1 else tokens
+        pending = tail if len(history) < len(tokens) else b""
+        head = Head(history, start=0, weight=1.0)
+        return cls(trie, epsilon, window, text=bytearray(pending), heads=[head])
+
+    def fork(self) -> ByteGroup:
+        """An independent copy: laws are shared, they never change."""
+        return replace(self, text=bytearray(self.text), heads=[replace(head) for head in self.heads])
+
+    @property
+    def cold(self) -> list[Head]:
+        """Heads that no forward was run for, heaviest first."""
+        return sorted((head for head in self.heads if head.law is None), key=lambda head: -head.weight)
+
+    @property
+    def certificate(self) -> float:
+        """Upper bound of the total variation between `law` and the law over the heads that are kept."""
+        unknown = sum(head.weight for head in self.heads if head.law is None)
+        known = sum(head.mass for head in self.heads if head.law is not None)
+        return unknown / (known + unknown) if unknown else 0.0
+
+    @property
+    def best(self) -> Head:
+        """The head with the most mass: the likeliest tokenization of the text."""
+        return max(self.heads, key=lambda head: head.mass)
+
+    def due(self) -> list[Head]:
+        """Cold heads that must be forwarded before `law` is within epsilon; empty when it is."""
+        if self.lost:
+            return []
+        cold = self.cold
+        unknown = sum(head.weight for head in cold)
+        known = sum(head.mass for head in self.heads if head.law is not None)
+        limit = max(self.epsilon, _NEGLIGIBLE) * (known + unknown)
+        due = []
+        for head in cold:
+            if unknown <= limit:
+                break
+            due.append(head)
+            unknown -= head.weight
+        return due
+
+    def feed(self, head: Head, law: ByteLaw) -> None:
+        """Give a cold head its law and let it walk the bytes that came after its history."""
+        head.law = law
+        head.node, head.pending = ROOT, law.pending(ROOT)
+        for position in range(head.start, len(self.text)):
+            if not self._walk(head, self.text[position], position + 1):
+                self.heads.remove(head)
+                break
+        self._settle()
+
+    def law(self) -> Array:
+        """The next-symbol law: float64 [257], the last entry is the end of the text. Zeros when lost."""
+        law = np.zeros(SYMBOLS)
+        for head in self.heads:
+            if head.law is not None:
+                head.law.add_next(head.node, head.weight, law)
+        total = law.sum()
+        return law / total if total > 0 else law
+
+    def member_shares(self, symbol: int) -> Array:
+        """How much of the chosen symbol's mass each member of the group gave: [members], unnormalised."""
+        shares: list[Array] = []
+        for head in self.heads:
+            if head.law is None or not head.law.members:
+                continue
+            masses = []
+            for member in head.law.members:
+                law = np.zeros(SYMBOLS)
+                member.add_next(head.node, head.weight, law)
+                masses.append(law[symbol])
+            shares.append(np.asarray(masses))
+        return np.sum(shares, axis=0) if shares else np.ones(1)
+
+    def advance(self, byte: int) -> None:
+        """Append one byte of text: every head moves to its child, heads on whole tokens have offspring."""
+        if byte == END:
+            raise ValueError("the end of the text is not a byte: stop instead of advancing")
+        if not self._reaches(byte):
+            # Temperature or a filter excluded what the other groups chose: this group's own law did not.
+            for head in self.heads:
+                head.law = head.law.unshaped if head.law is not None else None
+        self.text.append(byte)
+        end = len(self.text)
+        for head in tuple(self.heads):
+            if head.law is not None and not self._walk(head, byte, end):
+                self.heads.remove(head)
+        self._settle()
+        self._retire()
+
+    def keep_only(self, histories: Collection[tuple[int, ...]]) -> None:
+        """Give up the cold heads whose history is not among `histories`."""
+        self._give_up([head for head in self.heads if head.law is None and head.tokens not in histories])
+
+    def _reaches(self, byte: int) -> bool:
+        for head in self.heads:
+            if head.law is None:
+                return True
+            child = self.trie.child(head.node, byte)
+            if child is not None and head.law.interval(int(self.trie.low[child]), int(self.trie.high[child])) > 0:
+                return True
+        return False
+
+    def _walk(self, head: Head, byte: int, end: int) -> bool:
+        """Move a head one byte down; returns whether anything longer is left to wait for."""
+        assert head.law is not None
+        child = self.trie.child(head.node, byte)
+        if child is None:
+            return False
+        head.node = child
+        low, longer = int(self.trie.low[child]), int(self.trie.longer[child])
+        for position in range(low, longer):
+            weight = head.weight * float(head.law.probabilities[position])
+            if weight > 0:
+                history = (*head.tokens, int(self.trie.order[position]))
+                self.heads.append(Head(history, start=end, weight=weight))
+        head.pending = head.law.pending(child)
+        return head.pending > 0
+
+    def _settle(self) -> None:
+        """Rescale so that weights never underflow, and notice when nothing is left."""
+        total = sum(head.mass for head in self.heads)
+        if total > 0:
+            for head in self.heads:
+                head.weight /= total
+        else:
+            self.lost = True
+            self.heads.clear()
+
+    def _retire(self) -> None:
+        if self.window is not None and not self.lost:
+            horizon = len(self.text) - self.window
+            old = [head for head in self.heads if head.law is None and head.start <= horizon]
+            if old:
+                due = self.due()
+                self._give_up([head for head in old if head not in due])
+
+    def _give_up(self, heads: list[Head]) -> None:
+        total = sum(head.mass for head in self.heads)
+        for head in heads:
+            self.retired += head.weight / total
+            self.heads.remove(head)

@@ -1,0 +1,157 @@
+"""The byte unit: groups with different vocabularies, mixed byte by byte and exactly (DESIGN 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from token_swarm.experts.contract import EncodedPrompt
+from token_swarm.mixing.byte_group import ByteGroup, Head
+from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
+from token_swarm.mixing.groups import Group
+from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.trie import ByteTrie
+from token_swarm.mixing.unit import Need
+from token_swarm.particle import Rule
+
+DEFAULT_EPSILON = 1e-2
+DEFAULT_WINDOW = 8
+
+
+class ByteUnit:
+    """Several groups over one text. Symbols are the 256 bytes and the end of the text (256).
+
+    `tries` maps a vocabulary fingerprint to its trie; `prompts` an expert to its encoding of the prompt.
+    `laws[g]` is group g's own law at this position.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        tries: Mapping[str, ByteTrie],
+        prompts: Mapping[str, EncodedPrompt],
+        shaping: Shaping,
+        *,
+        epsilon: float = DEFAULT_EPSILON,
+        window: int | None = DEFAULT_WINDOW,
+    ) -> None:
+        self.groups: Sequence[Group] = tuple(groups)
+        self._shaping = shaping
+        self._makers: list[LawMaker] = []
+        self.states: list[ByteGroup] = []
+        for group in self.groups:
+            trie = tries[group.vocabulary.fingerprint]
+            prompt = prompts[group.names[0]]
+            tail = group.vocabulary.token_bytes[prompt.tokens[-1]] if prompt.tail else None
+            self._makers.append(LawMaker(trie, group.vocabulary.eos_ids))
+            self.states.append(ByteGroup.start(trie, prompt.tokens, tail or b"", epsilon=epsilon, window=window))
+        self._prompt_lengths = [len(prompts[group.names[0]].tokens) for group in self.groups]
+        self._laws: list[Array] | None = None
+
+    def due(self) -> list[Need]:
+        """Cold heads of every group that its law cannot do without."""
+        return [Need(g, head.tokens, head) for g, state in enumerate(self.states) for head in state.due()]
+
+    def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
+        """Give one head its law."""
+        if not isinstance(need.key, Head):
+            raise TypeError(f"need.key: {type(need.key).__name__}, expected a Head named by `due`")
+        self.states[need.group].feed(need.key, self.make_law(need.group, rows))
+        self._laws = None
+
+    def make_law(self, group: int, rows: Sequence[Tensor]) -> ByteLaw:
+        """The byte law of a group's mixed and shaped token distribution."""
+        make = self._makers[group]
+        probabilities = self.groups[group].token_law(rows)
+        members: tuple[ByteLaw, ...] = ()
+        if len(rows) > 1:
+            members = tuple(make(law) for law in self.groups[group].member_laws(rows))
+        if not self._shaping.changes_law:
+            return make(probabilities, members)
+        shaped = self._shaping.apply(probabilities)
+        return make(shaped, members, make_unshaped=lambda: make(probabilities, members))
+
+    @property
+    def laws(self) -> list[Array]:
+        """Each group's own next-symbol law, [257]; zeros for a group that is lost."""
+        if self._laws is None:
+            self._laws = [state.law() for state in self.states]
+        return self._laws
+
+    def law(self) -> Array:
+        """The mixed law over 257 symbols. Groups that are lost have no say."""
+        return mix_bytes(self.laws, [group.weight for group in self.groups], self.groups[0].rule)
+
+    def ends(self, symbol: int) -> bool:
+        """Whether the symbol is the end of the text."""
+        return symbol == END
+
+    def advance(self, symbol: int) -> bytes:
+        """Append one byte to every group."""
+        for state in self.states:
+            if not state.lost:
+                state.advance(symbol)
+        self._laws = None
+        return bytes((symbol,))
+
+    def keep_only(self, group: int, histories: Collection[tuple[int, ...]]) -> None:
+        """Give up the group's cold heads outside `histories`."""
+        self.states[group].keep_only(histories)
+
+    def shares(self, symbol: int) -> dict[str, float]:
+        """Posterior share of each expert in the chosen symbol, with |weight| as prior under either rule."""
+        given: dict[str, float] = {}
+        for group, state, law in zip(self.groups, self.states, self.laws, strict=True):
+            members = np.abs(group.exponents) * (state.member_shares(symbol) if not state.lost else 1.0)
+            members = members / members.sum() if members.sum() > 0 else np.full(len(members), 1 / len(members))
+            for name, share in zip(group.names, members.tolist(), strict=True):
+                given[name] = abs(group.weight) * float(law[symbol]) * share
+        total = sum(given.values())
+        return {name: (value / total if total > 0 else 1 / len(given)) for name, value in given.items()}
+
+    def history(self, group: int) -> tuple[int, ...]:
+        """Tokens of the likeliest head, without its pending bytes."""
+        state = self.states[group]
+        return state.best.tokens if state.heads else ()
+
+    def own_tokens(self, group: int) -> int:
+        """Tokens of the likeliest head beyond the prompt, pending bytes counted as one."""
+        state = self.states[group]
+        if not state.heads:
+            return 0
+        best = state.best
+        pending = best.start < len(state.text)
+        return max(0, len(best.tokens) + pending - self._prompt_lengths[group])
+
+    @property
+    def certificate(self) -> float:
+        """Largest bound over the groups; the linear rule's mixed law is within it too."""
+        return max(state.certificate for state in self.states)
+
+    @property
+    def retired(self) -> float:
+        """Largest sum of given-up shares over the groups."""
+        return max(state.retired for state in self.states)
+
+
+def mix_bytes(laws: Sequence[Array], weights: Sequence[float], rule: Rule) -> Array:
+    """Mix byte laws ([257] each) of groups; a law of zeros belongs to a lost group and is left out.
+
+    linear: sum_g W_g P_g; log-linear: proportional to prod_g P_g^W_g. A symbol that a group with negative weight
+    excludes is excluded, as one that a group with positive weight excludes: 0 to a negative power is no law.
+    """
+    living = [(law, weight) for law, weight in zip(laws, weights, strict=True) if law.any() and weight != 0]
+    if not living:
+        return np.zeros(SYMBOLS)
+    if rule is Rule.LINEAR:
+        mixed = np.sum([weight * law for law, weight in living], axis=0)
+    else:
+        possible = np.all([law > 0 for law, _ in living], axis=0)
+        if not possible.any():
+            return np.zeros(SYMBOLS)
+        logs = np.sum([weight * np.log(law, where=possible, out=np.zeros(SYMBOLS)) for law, weight in living], axis=0)
+        mixed = np.where(possible, np.exp(logs - logs[possible].max()), 0.0)
+    total: Array = mixed / mixed.sum()
+    return total

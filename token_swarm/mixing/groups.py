@@ -1,0 +1,117 @@
+"""Groups: experts that share a vocabulary, and the choice of what is mixed."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from token_swarm import kernels
+from token_swarm.errors import BadParameter, ExpertFault
+from token_swarm.experts.contract import ExpertSpec
+from token_swarm.particle import Mixture, Rule
+from token_swarm.vocabulary import Vocabulary
+
+
+class Unit(enum.Enum):
+    """What is mixed at a step."""
+
+    AUTO = "auto"
+    """`token` if the experts with non-zero weight form one group, else `byte`."""
+    TOKEN = "token"
+    BYTE = "byte"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts with one vocabulary and one canonical tokenization, and how they are mixed (DESIGN 3).
+
+    `exponents[e]` is what member e's distribution is weighted with inside the group; `weight` is the group's
+    weight across groups.
+    """
+
+    experts: tuple[ExpertSpec, ...]
+    exponents: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    weight: float
+    rule: Rule
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary all members share."""
+        return self.experts[0].vocabulary
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the members, in the order of the expert list."""
+        return tuple(spec.name for spec in self.experts)
+
+    @cached_property
+    def _allowed(self) -> Tensor:
+        return torch.from_numpy(self.vocabulary.allowed.copy())
+
+    def token_law(self, rows: Sequence[Tensor]) -> Tensor:
+        """Mix the members' logit rows ([width] each) into token probabilities: [width], summing to 1."""
+        for spec, row in zip(self.experts, rows, strict=True):
+            if row.shape != (self.vocabulary.width,):
+                shape = tuple(row.shape)
+                raise ExpertFault(spec.name, f"logit row of shape {shape}, not [{self.vocabulary.width}]")
+        try:
+            return kernels.mix(rows, self.exponents, self.temperatures, self.rule, self._allowed)
+        except ValueError as error:
+            raise ExpertFault("+".join(self.names), str(error)) from error
+
+    def member_laws(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Each member's own token probabilities at its temperature."""
+        return [
+            kernels.mix([row], [1.0], [temperature], Rule.LINEAR, self._allowed)
+            for row, temperature in zip(rows, self.temperatures, strict=True)
+        ]
+
+
+def make_groups(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Group, ...]:
+    """Group the experts that `mixture` runs; experts with weight 0 take no part.
+
+    The order of groups and members is that of `specs`, whatever the order of the weights, so that equal
+    requests give equal results.
+    """
+    mixture.require_known(specs)
+    active = mixture.active
+    keyed: dict[tuple[str, str], list[ExpertSpec]] = {}
+    for name, spec in specs.items():
+        if name in active:
+            keyed.setdefault((spec.vocabulary.fingerprint, spec.canonical), []).append(spec)
+    total = sum(active.values()) if mixture.rule is Rule.LINEAR else 1.0
+    groups = []
+    for members in keyed.values():
+        weights = [active[spec.name] for spec in members]
+        temperatures = tuple(mixture.temperatures.get(spec.name, 1.0) for spec in members)
+        weight, exponents = _split(weights, mixture.rule, alone=len(keyed) == 1)
+        groups.append(Group(tuple(members), exponents, temperatures, weight / total, mixture.rule))
+    return tuple(groups)
+
+
+def _split(weights: Sequence[float], rule: Rule, *, alone: bool) -> tuple[float, tuple[float, ...]]:
+    """(weight across groups, weights inside the group) of a group's members."""
+    total = sum(weights)
+    if rule is Rule.LOG_LINEAR and (alone or total == 0):
+        # A single group is the plain product of experts; weights that cancel have no mean to be divided by.
+        return 1.0, tuple(weights)
+    return total, tuple(weight / total for weight in weights)
+
+
+def resolve_unit(unit: Unit, groups: Sequence[Group]) -> Unit:
+    """What is really mixed: one group always mixes tokens, which is the same law and exact by construction.
+
+    Raises BadParameter when `token` is asked for across vocabularies.
+    """
+    if len(groups) == 1:
+        return Unit.TOKEN
+    if unit is Unit.TOKEN:
+        names = " | ".join("+".join(group.names) for group in groups)
+        raise BadParameter("unit", "token", f"'byte' or 'auto': the experts have different vocabularies ({names})")
+    return Unit.BYTE

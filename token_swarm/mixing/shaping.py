@@ -1,0 +1,82 @@
+"""Temperature, min-p, top-k and top-p on a group's token distribution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from token_swarm.errors import BadParameter
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How a token distribution is reshaped, in this order: temperature, min-p, top-k, top-p.
+
+    temperature 0 means greedy: the choice is the most probable one and the distribution itself is left alone.
+    top_k 0 and top_p 1 and min_p 0 switch a filter off. Tokens that tie with the last one kept are kept.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise BadParameter("temperature", self.temperature, "a finite number >= 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise BadParameter("top_k", self.top_k, "an integer >= 0 (0 keeps all)")
+        if not 0 < self.top_p <= 1:
+            raise BadParameter("top_p", self.top_p, "a number in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise BadParameter("min_p", self.min_p, "a number in [0, 1]")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable symbol is taken instead of a drawn one."""
+        return self.temperature == 0
+
+    @property
+    def changes_law(self) -> bool:
+        """Whether `apply` would return anything but its argument."""
+        return not self.greedy and (self.temperature, self.top_k, self.top_p, self.min_p) != (
+            1.0,
+            0,
+            1.0,
+            0.0,
+        )
+
+    def apply(self, probabilities: Tensor) -> Tensor:
+        """probabilities: [width], summing to 1. Returns a reshaped copy that sums to 1."""
+        if not self.changes_law:
+            return probabilities
+        shaped = probabilities
+        if self.temperature != 1:
+            # Scaled by the largest first: p^(1/T) of a small T would underflow to all zeros.
+            shaped = (shaped / shaped.max()).pow(1 / self.temperature)
+        threshold = self.min_p * float(shaped.max())
+        if 0 < self.top_k < shaped.numel():
+            threshold = max(threshold, float(torch.topk(shaped, self.top_k).values[-1]))
+        shaped = torch.where(shaped >= threshold, shaped, 0.0) if threshold > 0 else shaped
+        shaped = shaped / shaped.sum()
+        if self.top_p < 1:
+            shaped = _nucleus(shaped, self.top_p)
+        return shaped
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest most probable tokens whose mass reaches `top_p`; sorts candidates, not the vocabulary."""
+    count = min(1024, probabilities.numel())
+    while True:
+        ranked = torch.topk(probabilities, count).values
+        cumulative = torch.cumsum(ranked, 0, dtype=torch.float64)
+        if count == probabilities.numel() or float(cumulative[-1]) >= top_p:
+            break
+        count = min(8 * count, probabilities.numel())
+    last = min(int(torch.searchsorted(cumulative, top_p)), count - 1)
+    kept = torch.where(probabilities >= ranked[last], probabilities, 0.0)
+    return kept / kept.sum()

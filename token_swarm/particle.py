@@ -1,0 +1,163 @@
+"""Particles: how an ensemble is mixed, and the JSON artefact that carries it from the search to the server."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from token_swarm.errors import BadParameter, FingerprintMismatch, UnknownName
+
+SCHEMA_VERSION = 1
+
+
+class Rule(enum.Enum):
+    """How distributions are combined."""
+
+    LINEAR = "linear"
+    """Weighted arithmetic mean; weights are non-negative and are divided by their sum."""
+    LOG_LINEAR = "log-linear"
+    """Weighted product of experts; weights may be negative and are used as given."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixing parameters themselves: a weight per expert, the rule, a temperature per expert.
+
+    Raises BadParameter for weights or temperatures that define no distribution.
+    """
+
+    weights: Mapping[str, float]
+    rule: Rule = Rule.LOG_LINEAR
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what does not define a distribution."""
+        if not self.weights:
+            raise BadParameter("weights", "{}", "at least one expert=weight")
+        for name, weight in self.weights.items():
+            if not math.isfinite(weight):
+                raise BadParameter(f"weights[{name}]", weight, "a finite number")
+            if weight < 0 and self.rule is Rule.LINEAR:
+                raise BadParameter(
+                    f"weights[{name}]",
+                    weight,
+                    "a number >= 0 under the linear rule (log-linear takes any sign)",
+                )
+        if not any(self.weights.values()):
+            raise BadParameter("weights", dict(self.weights), "at least one weight that is not 0")
+        for name, temperature in self.temperatures.items():
+            if not (math.isfinite(temperature) and temperature > 0):
+                raise BadParameter(f"temperatures[{name}]", temperature, "a finite number > 0")
+            if name not in self.weights:
+                raise BadParameter(f"temperatures[{name}]", temperature, "an expert that has a weight")
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Weights of the experts that are run: those that are not 0."""
+        return {name: weight for name, weight in self.weights.items() if weight != 0}
+
+    def require_known(self, experts: Mapping[str, object]) -> None:
+        """Raise UnknownName when a weight names an expert that does not exist."""
+        for name in self.weights:
+            if name not in experts:
+                raise UnknownName("expert", name, experts)
+
+
+@dataclass(frozen=True)
+class Particle:
+    """A named mixture with its provenance: the artefact of a search."""
+
+    name: str
+    mixture: Mixture
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    utility: str | None = None
+    data_hash: str | None = None
+    seed: int | None = None
+    dev_score: float | None = None
+    test_score: float | None = None
+
+    def require_match(self, running: Mapping[str, str]) -> None:
+        """Raise when this particle was made for other experts than the `running` name -> fingerprint.
+
+        UnknownName for an expert that does not run, FingerprintMismatch for one with another vocabulary.
+        """
+        self.mixture.require_known(running)
+        for name, fingerprint in self.fingerprints.items():
+            if name in running and running[name] != fingerprint:
+                raise FingerprintMismatch(self.name, name, fingerprint, running[name])
+
+    def to_json(self) -> str:
+        """The artefact's text."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "rule": self.mixture.rule.value,
+            "weights": dict(self.mixture.weights),
+            "temperatures": dict(self.mixture.temperatures),
+            **{key: value for key, value in asdict(self).items() if key not in ("name", "mixture")},
+        }
+        return json.dumps(document, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "particle") -> Particle:
+        """Read an artefact; BadParameter names the field of `source` that is wrong."""
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BadParameter(source, f"line {error.lineno}: {error.msg}", "a JSON object") from error
+        if not isinstance(document, dict):
+            raise BadParameter(source, type(document).__name__, "a JSON object")
+        known = {
+            "schema_version", "name", "rule", "weights", "temperatures", "fingerprints",
+            "utility", "data_hash", "seed", "dev_score", "test_score",
+        }  # fmt: skip
+        for key in document:
+            if key not in known:
+                raise BadParameter(f"{source}: {key}", document[key], f"one of the fields {sorted(known)}")
+        if document.get("schema_version") != SCHEMA_VERSION:
+            raise BadParameter(f"{source}: schema_version", document.get("schema_version"), str(SCHEMA_VERSION))
+        name = document.get("name")
+        if not isinstance(name, str) or not name:
+            raise BadParameter(f"{source}: name", name, "a non-empty string")
+        rules = [rule.value for rule in Rule]
+        if document.get("rule") not in rules:
+            raise BadParameter(f"{source}: rule", document.get("rule"), f"one of {rules}")
+        mixture = Mixture(
+            weights=_numbers(document, "weights", source),
+            rule=Rule(document["rule"]),
+            temperatures=_numbers(document, "temperatures", source),
+        )
+        provenance = {key: document[key] for key in known & document.keys() - {"schema_version", "rule"}}
+        for key in ("name", "weights", "temperatures"):
+            provenance.pop(key, None)
+        return cls(name=name, mixture=mixture, **provenance)
+
+    def save(self, path: Path) -> None:
+        """Write the artefact; a reader sees the old file or the whole new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(self.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Particle:
+        """Read the artefact at `path`."""
+        return cls.from_json(path.read_text(encoding="utf-8"), source=path.name)
+
+
+def _numbers(document: Mapping[str, Any], key: str, source: str) -> dict[str, float]:
+    table = document.get(key, {})
+    if not isinstance(table, dict) or not all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in table.values()
+    ):
+        raise BadParameter(f"{source}: {key}", table, "an object of expert name -> number")
+    return {name: float(value) for name, value in table.items()}
