@@ -30,9 +30,7 @@ EXACT = DecodeRequest(epsilon=0.0, window=None)
 
 def toys(vocabularies: Sequence[Vocabulary], **options: float) -> dict[str, Expert]:
     """One toy expert a vocabulary, named e0, e1, ..."""
-    return {
-        f"e{i}": ToyExpert(f"e{i}", vocabulary, seed=i + 1, **options) for i, vocabulary in enumerate(vocabularies)
-    }
+    return {f"e{i}": ToyExpert(f"e{i}", vocabulary, seed=i + 1, **options) for i, vocabulary in enumerate(vocabularies)}
 
 
 def byte_unit(

@@ -50,9 +50,7 @@ def test_mixed_law_equals_mixture_of_brute_force(rule: Rule) -> None:
     local = LocalEnsemble(experts)
     weights = {"e0": 0.5, "e1": 0.2, "e2": 0.7 if rule is Rule.LINEAR else -0.3}
     unit = byte_unit(local, Mixture(weights, rule), "b", keep_tail=True)
-    brutes = [
-        BruteForce(expert.spec.vocabulary, expert.law, expert.encode("b").tokens) for expert in experts.values()
-    ]
+    brutes = [BruteForce(expert.spec.vocabulary, expert.law, expert.encode("b").tokens) for expert in experts.values()]
     text = b""
     for byte in b"abcaab":
         settle(local, experts, unit)
@@ -62,7 +60,9 @@ def test_mixed_law_equals_mixture_of_brute_force(rule: Rule) -> None:
         else:
             possible = np.all([law > 0 for law in laws], axis=0)
             with np.errstate(divide="ignore"):
-                logs = sum(w * np.where(possible, np.log(law), 0) for w, law in zip(weights.values(), laws, strict=True))
+                logs = sum(
+                    w * np.where(possible, np.log(law), 0) for w, law in zip(weights.values(), laws, strict=True)
+                )
             expected = np.where(possible, np.exp(logs), 0)
             expected /= expected.sum()
         np.testing.assert_allclose(unit.law(), expected, rtol=0, atol=1e-12)

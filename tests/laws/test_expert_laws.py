@@ -44,9 +44,7 @@ class ForgetsRollback(ToyExpert):
         return super().step([Truncate(op.sequence, 0) if isinstance(op, Truncate) else op for op in ops])
 
 
-@pytest.mark.parametrize(
-    "law", [laws.truncate_then_extend_equals_fresh, laws.random_operations_equal_fresh]
-)
+@pytest.mark.parametrize("law", [laws.truncate_then_extend_equals_fresh, laws.random_operations_equal_fresh])
 def test_a_broken_rollback_is_caught(law):
     expert = ForgetsRollback("broken", VOCABULARY)
     with pytest.raises(AssertionError, match="logits differ by"):
