@@ -160,7 +160,7 @@ class SegmentReader(_Segment):
     @staticmethod
     def _check(header: NDArray[np.uint64], step: int, slot: int, size: int) -> None:
         held, length = int(header[0]), int(header[1])
-        if held != step or length != size:
+        if held != step or length != size or held == 0:
             raise TransportError(
                 f"slot {slot} holds {length} bytes of step {held}, expected {size} bytes of step {step}"
             )

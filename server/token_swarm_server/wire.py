@@ -80,8 +80,8 @@ def check_ops(ops: Sequence[Op], max_rows: int) -> int:
         numbers = (op.length,) if isinstance(op, Truncate) else numbers
         if min(ids) < 0 or max(ids) >= 2**64:
             raise BadParameter(f"ops[{index}]", ids, "made of sequence ids from 0 to 2**64 - 1")
-        if numbers and (min(numbers) < 0 or max(numbers) >= 2**32):
-            raise BadParameter(f"ops[{index}]", numbers, "made of tokens and lengths from 0 to 2**32 - 1")
+        if numbers and (min(numbers) < -(2**31) or max(numbers) >= 2**31):
+            raise BadParameter(f"ops[{index}]", numbers, "made of tokens and lengths of 32 bits")
     rows = sum(map(row_count, ops))
     if rows > max_rows:
         raise BadParameter("ops", f"{rows} logit rows", f"at most {max_rows} rows in a step")

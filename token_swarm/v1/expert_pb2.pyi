@@ -470,7 +470,7 @@ class OpenOp(_message.Message):
     """Which rows to return."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Its tokens, at least one."""
+        """Its tokens, at least one. Signed, so that the expert refuses a bad one like any other."""
 
     def __init__(
         self,

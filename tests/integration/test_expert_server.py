@@ -1,0 +1,574 @@
+"""An expert behind gRPC is the expert itself, to many callers at a time, whatever happens to either side."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from token_swarm_server.batching import ExpertScheduler
+from token_swarm_server.errors import ExpertUnavailable, TransportError
+from token_swarm_server.expert_client import ExpertConnection
+from token_swarm_server.expert_server import SERVICE, SLOT_ROWS, ExpertServer
+
+from token_swarm.errors import BadParameter
+from token_swarm.experts import laws
+from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows
+from token_swarm.experts.toy import ToyExpert
+from token_swarm.v1 import expert_pb2, expert_pb2_grpc
+from token_swarm.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary((None, b"a", b"b", b"c", b"ab", b"ab", b"abc", b"abca", b"ca", None), eos_ids=(0,))
+SHM = Path("/dev/shm")
+TRANSPORTS = {"inline": expert_pb2.TRANSPORT_INLINE, "shared memory": expert_pb2.TRANSPORT_SHARED_MEMORY}
+every_transport = pytest.mark.parametrize("prefer", TRANSPORTS.values(), ids=TRANSPORTS.keys())
+torch.set_num_threads(1)
+
+
+def toy():
+    return ToyExpert("toy", VOCABULARY, seed=3, max_sequences=5, max_context=50)
+
+
+class Watched(ToyExpert):
+    """Shows which sequences it holds and how long its steps are; `gate` holds steps up."""
+
+    def __init__(self, **options):
+        super().__init__("toy", VOCABULARY, max_sequences=64, **options)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.steps = []
+        self.broken = False
+        self.closed = False
+
+    @property
+    def held(self):
+        return set(self._held)
+
+    def step(self, ops):
+        self.entered.set()
+        self.gate.wait(10)
+        self.steps.append(list(ops))
+        if self.broken:
+            raise RuntimeError("a secret of the model")
+        return super().step(ops)
+
+    def close(self):
+        self.closed = True
+        super().close()
+
+
+@asynccontextmanager
+async def serving(expert, tmp_path, **options):
+    server = ExpertServer(expert, f"unix:{tmp_path}/run/expert", **options)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def connected(server, tmp_path, prefer=expert_pb2.TRANSPORT_UNSPECIFIED):
+    connection = await ExpertConnection.connect(
+        server.address, "toy", cache=tmp_path / "cache", prefer=prefer, wait_seconds=10
+    )
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def eventually(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the condition is in another thread or process
+            await asyncio.sleep(0.005)
+
+
+class Remote:
+    """The expert contract over a connection, for the laws: one thread asks, the event loop answers."""
+
+    def __init__(self, connection, loop):
+        self.spec = connection.spec
+        self._connection, self._loop = connection, loop
+
+    def step(self, ops):
+        return asyncio.run_coroutine_threadsafe(self._connection.step(ops), self._loop).result(20)
+
+
+@every_transport
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+async def test_the_laws_of_an_expert_hold_over_the_wire(tmp_path, prefer, law):
+    async with serving(toy(), tmp_path) as server, connected(server, tmp_path, prefer) as connection:
+        assert connection.transport == prefer
+        remote = Remote(connection, asyncio.get_running_loop())
+        await asyncio.to_thread(law, remote, np.random.default_rng(0), 0.0)
+
+
+@every_transport
+@pytest.mark.parametrize("rows", [1, SLOT_ROWS, SLOT_ROWS + 1])
+async def test_rows_are_those_of_the_expert(tmp_path, prefer, rows):
+    ops = [Open(0, (1, 2, 3) * 20, Rows.NONE), Extend(0, (4,) * rows, Rows.ALL)]
+    local = Watched().step(ops)
+    async with serving(Watched(), tmp_path) as server, connected(server, tmp_path, prefer) as connection:
+        remote = await connection.step(ops)
+        assert torch.equal(remote.logits, local.logits)
+        assert (remote.spans, remote.errors) == (local.spans, local.errors)
+        assert remote.batch_size == 1
+        assert remote.seconds > 0
+
+
+async def test_shared_memory_is_the_default_where_it_can_be_had(tmp_path):
+    async with serving(toy(), tmp_path) as server, connected(server, tmp_path) as connection:
+        assert connection.transport == expert_pb2.TRANSPORT_SHARED_MEMORY
+    async with (
+        serving(toy(), tmp_path, directory=tmp_path / "missing") as server,
+        connected(server, tmp_path) as connection,
+    ):
+        assert connection.transport == expert_pb2.TRANSPORT_INLINE
+        assert (await connection.step([Open(0, (1,))])).logits.shape == (1, VOCABULARY.width)
+        with pytest.raises(ExpertUnavailable, match="shared memory"):
+            async with connected(server, tmp_path, expert_pb2.TRANSPORT_SHARED_MEMORY):
+                pass
+
+
+async def test_a_caller_that_cannot_map_the_file_gets_logits_inline(tmp_path):
+    async with serving(toy(), tmp_path) as server, grpc.aio.insecure_channel(server.address) as channel:
+        call = expert_pb2_grpc.ExpertServiceStub(channel).Decode()
+        await call.write(expert_pb2.DecodeRequest(attach=expert_pb2.Attach()))
+        offer = (await call.read()).offer
+        assert (SHM / offer.name).exists()
+        await call.write(expert_pb2.DecodeRequest(mapped=expert_pb2.Mapped(success=False)))
+        assert (await call.read()).attached.transport == expert_pb2.TRANSPORT_INLINE
+        assert not (SHM / offer.name).exists()
+
+
+async def test_spec_encode_and_tokenize_are_those_of_the_expert(tmp_path):
+    expert = toy()
+    async with serving(expert, tmp_path) as server, connected(server, tmp_path) as connection:
+        assert connection.spec == expert.spec
+        for text in ("", "abcab"):
+            assert await connection.tokenize(text) == expert.tokenize(text)
+            for chat in (False, True):
+                assert await connection.encode(text, chat=chat) == expert.encode(text, chat=chat)
+        for ask in (connection.encode, connection.tokenize):
+            with pytest.raises(BadParameter, match="no token of toy writes"):
+                await ask("xyz")
+            with pytest.raises(BadParameter, match="surrogates"):
+                await ask("\ud800")
+        assert await connection.tokenize("ab") == expert.tokenize("ab"), "the server must live on"
+
+
+async def test_the_vocabulary_is_cached_and_a_damaged_cache_is_replaced(tmp_path):
+    async with serving(toy(), tmp_path) as server:
+        async with connected(server, tmp_path):
+            pass
+        (file,) = (tmp_path / "cache").iterdir()
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        async with connected(server, tmp_path) as connection:
+            assert connection.spec.vocabulary == VOCABULARY
+        assert file.read_bytes() == whole
+        before = file.stat().st_mtime_ns
+        async with connected(server, tmp_path):
+            assert file.stat().st_mtime_ns == before
+        assert [file] == list((tmp_path / "cache").iterdir())
+
+
+async def test_another_expert_at_the_address_is_refused(tmp_path):
+    async with serving(toy(), tmp_path) as server:
+        with pytest.raises(TransportError, match="is expert 'toy', expected 'llama'"):
+            await ExpertConnection.connect(server.address, "llama", cache=tmp_path)
+    with pytest.raises(ExpertUnavailable, match="'toy'"):
+        await ExpertConnection.connect(f"unix:{tmp_path}/nobody", "toy", cache=tmp_path, wait_seconds=0.1)
+
+
+async def test_streams_have_sequences_of_their_own(tmp_path):
+    async with (
+        serving(Watched(), tmp_path) as server,
+        connected(server, tmp_path) as one,
+        connected(server, tmp_path) as two,
+    ):
+        assert (await one.step([Open(7, (1, 2))])).errors == (None,)
+        refused, opened, clash, self_clash = (
+            await two.step([Extend(7, (1,)), Open(7, (3,)), Open(7, (3,)), Fork(7, 7)])
+        ).errors
+        assert refused.kind is OpErrorKind.UNKNOWN_SEQUENCE
+        assert opened is None
+        assert clash.kind is self_clash.kind is OpErrorKind.SEQUENCE_EXISTS
+        for error in (refused, clash, self_clash):
+            assert "7" in error.message
+            assert str(2**64 + 7) not in error.message, "the caller does not know this id"
+
+
+async def test_a_stream_that_ends_frees_its_sequences_and_only_these(tmp_path):
+    expert = Watched()
+    async with serving(expert, tmp_path) as server, connected(server, tmp_path) as other:
+        await other.step([Open(0, (1,))])
+        async with connected(server, tmp_path) as connection:
+            await connection.step([Open(0, (1,)), Open(1, (2,)), Fork(1, 2), Close(0), Open(2, (1,))])
+            assert len(expert.held) == 3
+        await eventually(lambda: len(expert.held) == 1)
+        assert (await other.step([Extend(0, (2,))])).errors == (None,)
+
+
+async def test_what_a_step_opens_after_its_caller_left_is_freed(tmp_path):
+    expert = Watched()
+    async with serving(expert, tmp_path) as server:
+        async with connected(server, tmp_path) as connection:
+            expert.gate.clear()
+            expert.entered.clear()
+            step = asyncio.create_task(connection.step([Open(0, (1,))]))
+            await asyncio.to_thread(expert.entered.wait, 10)
+        with pytest.raises((ExpertUnavailable, asyncio.CancelledError)):
+            await step
+        expert.gate.set()
+        await eventually(lambda: len(expert.steps) == 2)
+        assert not expert.held
+
+
+async def test_a_model_that_fails_ends_its_callers_streams_and_tells_them_no_secrets(tmp_path):
+    expert = Watched()
+    async with serving(expert, tmp_path) as server:
+        async with connected(server, tmp_path) as connection:
+            await connection.step([Open(0, (1,))])
+            expert.broken = True
+            with pytest.raises(TransportError) as caught:
+                await connection.step([Extend(0, (1,))])
+            assert "secret" not in str(caught.value)
+            expert.broken = False
+            await asyncio.wait_for(connection.wait_lost(), 10)
+        await eventually(lambda: not expert.held)
+        async with connected(server, tmp_path) as connection:
+            assert (await connection.step([Open(0, (1,))])).errors == (None,)
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [expert_pb2.DecodeRequest()],
+        [expert_pb2.DecodeRequest(step=expert_pb2.Step(number=1))],
+        ["attach", expert_pb2.DecodeRequest(attach=expert_pb2.Attach())],
+        ["attach", expert_pb2.DecodeRequest(step=expert_pb2.Step(number=2))],
+        ["attach", expert_pb2.DecodeRequest(step=expert_pb2.Step(number=1, ops=[expert_pb2.Op()]))],
+    ],
+    ids=["nothing", "step before attach", "attach twice", "wrong number", "no operation"],
+)
+async def test_a_caller_that_breaks_the_protocol_is_told(tmp_path, requests):
+    inline = expert_pb2.DecodeRequest(attach=expert_pb2.Attach(transport=expert_pb2.TRANSPORT_INLINE))
+    async with serving(toy(), tmp_path) as server, grpc.aio.insecure_channel(server.address) as channel:
+        call = expert_pb2_grpc.ExpertServiceStub(channel).Decode()
+        for request in requests:
+            await call.write(inline if request == "attach" else request)
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        async with connected(server, tmp_path) as connection:
+            assert (await connection.step([Open(0, (1,))])).errors == (None,)
+
+
+async def test_a_step_with_too_many_rows_is_refused_on_both_ends(tmp_path):
+    async with serving(toy(), tmp_path) as server, connected(server, tmp_path) as connection:
+        tokens = (1,) * (connection.max_rows + 1)
+        with pytest.raises(BadParameter, match="logit rows"):
+            await connection.step([Open(0, tokens, Rows.ALL)])
+        connection.max_rows *= 2
+        with pytest.raises(TransportError, match=f"at most {len(tokens) - 1}"):
+            await connection.step([Open(0, tokens, Rows.ALL)])
+
+
+# The scheduler
+
+
+@asynccontextmanager
+async def scheduled(expert, tmp_path, prefer=expert_pb2.TRANSPORT_UNSPECIFIED):
+    async with serving(expert, tmp_path) as server, connected(server, tmp_path, prefer) as connection:
+        scheduler = ExpertScheduler(connection)
+        try:
+            yield scheduler
+        finally:
+            await scheduler.close()
+
+
+async def held_up(expert, scheduler):
+    """A submission whose step waits at the gate."""
+    expert.gate.clear()
+    expert.entered.clear()
+    first = asyncio.create_task(scheduler.submit([Open(scheduler.allocate_sequence(), (1,))]))
+    await asyncio.to_thread(expert.entered.wait, 10)
+    return first
+
+
+@every_transport
+async def test_what_arrives_during_a_step_shares_the_next_one(tmp_path, prefer):
+    expert = Watched()
+    async with scheduled(expert, tmp_path, prefer) as scheduler:
+        first = await held_up(expert, scheduler)
+        ids = [scheduler.allocate_sequence() for _ in range(8)]
+        assert len(set(ids)) == 8
+        later = [
+            asyncio.create_task(scheduler.submit([Open(sequence, (1 + sequence % 3,) * (1 + sequence))]))
+            for sequence in ids
+        ]
+        await eventually(lambda: scheduler.queued == 8)
+        expert.gate.set()
+        await first
+        results = await asyncio.gather(*later)
+        assert [len(step) for step in expert.steps] == [1, 8]
+        for sequence, (rows,) in zip(ids, results, strict=True):
+            assert torch.equal(rows[0], expert.law((1 + sequence % 3,) * (1 + sequence)))
+        counters = scheduler.counters
+        assert (counters.steps, counters.submissions, counters.rows, counters.batch_size) == (2, 9, 9, 4.5)
+        assert counters.tokens == 1 + sum(1 + sequence for sequence in ids)
+        assert 0 < counters.compute_seconds <= counters.seconds
+
+
+async def test_an_unknown_sequence_is_an_error_of_its_own_operation(tmp_path):
+    async with scheduled(Watched(), tmp_path) as scheduler:
+        sequence = scheduler.allocate_sequence()
+        opened, lost, extended = await scheduler.submit(
+            [Open(sequence, (1, 2), Rows.ALL), Extend(99, (1,)), Extend(sequence, (3,), Rows.NONE)]
+        )
+        assert opened.shape == (2, VOCABULARY.width)
+        assert lost.kind is OpErrorKind.UNKNOWN_SEQUENCE
+        assert extended.shape == (0, VOCABULARY.width)
+
+
+async def test_a_cancelled_caller_leaves_what_was_sent_and_drops_what_was_not(tmp_path):
+    expert = Watched()
+    async with scheduled(expert, tmp_path) as scheduler:
+        sent = await held_up(expert, scheduler)
+        waiting = asyncio.create_task(scheduler.submit([Open(40, (1,))]))
+        await eventually(lambda: scheduler.queued == 1)
+        for task in (sent, waiting):
+            task.cancel()
+        await asyncio.wait([sent, waiting])
+        expert.gate.set()
+        await scheduler.submit([Open(41, (1,))])
+        assert expert.held == {0, 41}
+        scheduler.release([0, 41])
+        await eventually(lambda: not expert.held)
+
+
+async def test_batches_keep_to_the_rows_of_a_step(tmp_path):
+    expert = Watched()
+    async with serving(expert, tmp_path) as server, connected(server, tmp_path) as connection:
+        connection.max_rows = 4
+        scheduler = ExpertScheduler(connection)
+        first = await held_up(expert, scheduler)
+        later = [asyncio.create_task(scheduler.submit([Open(9 + n, (1,) * 3, Rows.ALL)])) for n in range(3)]
+        await eventually(lambda: scheduler.queued == 3)
+        expert.gate.set()
+        await asyncio.gather(first, *later)
+        assert [len(step) for step in expert.steps] == [1, 1, 1, 1]
+        with pytest.raises(BadParameter, match="at most 4 rows"):
+            await scheduler.submit([Open(20, (1,) * 5, Rows.ALL)])
+        await scheduler.close()
+
+
+async def test_two_schedulers_of_one_expert_may_share_a_step(tmp_path):
+    expert = Watched()
+    async with (
+        serving(expert, tmp_path) as server,
+        connected(server, tmp_path) as one,
+        connected(server, tmp_path) as two,
+        connected(server, tmp_path) as three,
+    ):
+        expert.gate.clear()
+        expert.entered.clear()
+        first = asyncio.create_task(one.step([Open(0, (1,))]))
+        await asyncio.to_thread(expert.entered.wait, 10)
+        later = [asyncio.create_task(each.step([Open(0, (n,), Rows.ALL)])) for n, each in ((2, two), (3, three))]
+        await eventually(lambda: len(server._worker._pending) == 2)
+        expert.gate.set()
+        await first
+        results = await asyncio.gather(*later)
+        assert [len(step) for step in expert.steps] == [1, 2]
+        for token, result in zip((2, 3), results, strict=True):
+            assert torch.equal(result.rows(0)[0], expert.law((token,)))
+            assert result.batch_size == 2
+
+
+async def test_closing_the_scheduler_fails_what_waits(tmp_path):
+    expert = Watched()
+    async with scheduled(expert, tmp_path) as scheduler:
+        first = await held_up(expert, scheduler)
+        later = asyncio.create_task(scheduler.submit([Open(9, (1,))]))
+        await eventually(lambda: scheduler.queued == 1)
+        await scheduler.close()
+        for task in (first, later):
+            with pytest.raises(ExpertUnavailable, match="closed"):
+                await task
+        expert.gate.set()
+
+
+# Health, addresses, processes
+
+
+async def test_health_and_reflection(tmp_path):
+    async with serving(toy(), tmp_path) as server, grpc.aio.insecure_channel(server.address) as channel:
+        for name in ("", SERVICE):
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        async for answer in stub.ServerReflectionInfo(iter([request])):
+            assert SERVICE in {service.name for service in answer.list_services_response.service}
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["unix:relative", f"unix:/{'x' * 120}", "0.0.0.0:80", "127.0.0.1", "127.0.0.1:99999", "example.org:80", ""],
+)
+def test_an_address_that_cannot_be_used_is_refused(address):
+    with pytest.raises(BadParameter, match=r"address: .* must be unix:"):
+        ExpertServer(toy(), address)
+
+
+async def test_an_address_in_use_is_refused(tmp_path):
+    async with serving(toy(), tmp_path) as server:
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+        with pytest.raises(BadParameter, match="no other server"):
+            ExpertServer(toy(), server.address)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BadParameter, match="free"):
+            await ExpertServer(toy(), f"127.0.0.1:{port}").start()
+
+
+async def test_a_free_port_is_chosen_and_the_expert_closed_in_the_end(tmp_path):
+    expert = Watched()
+    server = ExpertServer(expert, "127.0.0.1:0")
+    await server.start()
+    async with connected(server, tmp_path) as connection:
+        assert (await connection.step([Open(0, (1,))])).errors == (None,)
+    await server.stop()
+    assert expert.closed
+
+
+PROCESS = """
+import asyncio, sys, time
+from pathlib import Path
+from token_swarm.experts.toy import ToyExpert
+from token_swarm.vocabulary import Vocabulary
+from token_swarm_server.expert_server import serve
+
+class Slow(ToyExpert):
+    def step(self, ops):
+        time.sleep(float(sys.argv[3]))
+        return super().step(ops)
+
+table = (None, b"a", b"b", b"c", b"ab", b"ab", b"abc", b"abca", b"ca", None)
+expert = Slow("toy", Vocabulary(table, (0,)), seed=3)
+asyncio.run(serve(expert, sys.argv[1], directory=Path(sys.argv[2]), on_ready=lambda at: print(at, flush=True)))
+"""
+
+CALLER = """
+import asyncio, sys
+from pathlib import Path
+from token_swarm.experts.contract import Open
+from token_swarm_server.expert_client import ExpertConnection
+
+async def main():
+    connection = await ExpertConnection.connect(sys.argv[1], "toy", cache=Path(sys.argv[2]))
+    await connection.step([Open(0, (1,))])
+    print(connection.transport, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def process(script, *arguments):
+    """A Python process, once it has printed its first line."""
+    started = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        script,
+        *map(str, arguments),
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        line = await asyncio.wait_for(started.stdout.readline(), 60)
+        yield started, line.decode().strip()
+    finally:
+        if started.returncode is None:
+            started.kill()
+        await started.wait()
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A directory of this test's own in shared memory."""
+    directory = SHM / f"test-{os.getpid()}-{tmp_path.name}"
+    directory.mkdir()
+    yield directory
+    left = list(directory.iterdir())
+    for path in left:
+        path.unlink()
+    directory.rmdir()
+    assert not left
+
+
+async def test_a_killed_expert_fails_its_callers_and_leaves_no_file(tmp_path, shared):
+    async with process(PROCESS, f"unix:{tmp_path}/run/expert", shared, 0.5) as (expert, address):
+        connection = await ExpertConnection.connect(address, "toy", cache=tmp_path / "cache")
+        assert connection.transport == expert_pb2.TRANSPORT_SHARED_MEMORY
+        assert not list(shared.iterdir())
+        scheduler = ExpertScheduler(connection)
+        sequence = scheduler.allocate_sequence()
+        (rows,) = await scheduler.submit([Open(sequence, (1, 2))])
+        assert torch.equal(rows[0], toy().law((1, 2)))
+        running = asyncio.create_task(scheduler.submit([Extend(sequence, (3,))]))
+        await asyncio.sleep(0.1)
+        waiting = asyncio.create_task(scheduler.submit([Extend(sequence, (1,))]))
+        await asyncio.sleep(0.01)
+        expert.send_signal(signal.SIGKILL)
+        for task in (running, waiting):
+            with pytest.raises(ExpertUnavailable, match="'toy'"):
+                await asyncio.wait_for(task, 10)
+        with pytest.raises(ExpertUnavailable):
+            await scheduler.submit([Close(sequence)])
+        scheduler.release([sequence])
+        await asyncio.wait_for(connection.wait_lost(), 10)
+        await scheduler.close()
+        await connection.close()
+        assert not list(shared.iterdir())
+    async with process(PROCESS, address, shared, 0) as (expert, _):
+        again = await ExpertConnection.connect(address, "toy", cache=tmp_path / "cache")
+        assert (await again.step([Extend(sequence, (3,))])).errors[0].kind is OpErrorKind.UNKNOWN_SEQUENCE
+        await again.close()
+
+
+async def test_a_killed_caller_frees_its_sequences_and_leaves_no_file(tmp_path, shared):
+    expert = Watched()
+    async with serving(expert, tmp_path, directory=shared) as server:
+        async with process(CALLER, server.address, tmp_path / "cache") as (caller, line):
+            assert int(line) == expert_pb2.TRANSPORT_SHARED_MEMORY
+            assert expert.held == {0}
+            assert not list(shared.iterdir())
+            caller.send_signal(signal.SIGKILL)
+            await eventually(lambda: not expert.held)
+        assert not list(shared.iterdir())
+
+
+async def test_sigterm_stops_an_expert_that_has_callers(tmp_path, shared):
+    async with process(PROCESS, f"unix:{tmp_path}/run/expert", shared, 0) as (expert, address):
+        connection = await ExpertConnection.connect(address, "toy", cache=tmp_path / "cache")
+        await connection.step([Open(0, (1,))])
+        expert.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(expert.wait(), 10) == 0
+        with pytest.raises(ExpertUnavailable):
+            await asyncio.wait_for(connection.step([Extend(0, (1,))]), 10)
+        await connection.close()
