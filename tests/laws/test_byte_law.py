@@ -15,7 +15,7 @@ ONE = Mixture({"e0": 1.0})
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-@pytest.mark.parametrize("text", words("abc", 4)[::5] + [b"abcabcab", b"aaaaaaa"])
+@pytest.mark.parametrize("text", [*words("abc", 4)[::5], b"abcabcab", b"aaaaaaa"])
 def test_byte_law_equals_brute_force(name: str, text: bytes) -> None:
     experts = toys([VOCABULARIES[name]])
     local = LocalEnsemble(experts)

@@ -1,0 +1,168 @@
+"""SwarmService: the public gRPC face of the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+
+from token_swarm.particle import Mixture
+from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
+from token_swarm_server import public_wire
+from token_swarm_server.engine import Engine, Finished
+from token_swarm_server.errors import Unavailable, abort
+from token_swarm_server.particle_store import ParticleStore
+
+logger = logging.getLogger(__name__)
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+DEFAULT_MAX_BYTES = 1024
+"""Length of a text whose request names no limit."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets that does not say otherwise."""
+
+    mixture: Mixture
+    epsilon: float
+    window: int | None
+
+
+class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
+    """Generate, Score, ListExperts and ListParticles over one engine."""
+
+    def __init__(self, engine: Engine, particles: ParticleStore, defaults: Defaults) -> None:
+        self._engine = engine
+        self._particles = particles
+        self._defaults = defaults
+        self._draining = False
+
+    def drain(self) -> None:
+        """Refuse new texts from now on; running ones go on."""
+        self._draining = True
+
+    async def Generate(  # noqa: N802 - gRPC's name
+        self, request: swarm_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[swarm_pb2.GenerateResponse]:
+        """Stream the continuation of a prompt."""
+        try:
+            self._require_open()
+            mixture = self._mixture(request)
+            decode = public_wire.request_from_proto(
+                request,
+                epsilon=self._defaults.epsilon,
+                window=self._defaults.window,
+                default_max_bytes=DEFAULT_MAX_BYTES,
+            )
+            async for event in self._engine.generate(request.prompt, request.chat, mixture, decode):
+                if isinstance(event, Finished):
+                    yield swarm_pb2.GenerateResponse(finish=public_wire.finish_to_proto(event, decode))
+                else:
+                    yield swarm_pb2.GenerateResponse(chunk=swarm_pb2.Chunk(text=event))
+        except Exception as error:  # every error becomes one status
+            await abort(context, error)
+
+    async def Score(  # noqa: N802
+        self, request: swarm_pb2.ScoreRequest, context: Context
+    ) -> swarm_pb2.ScoreResponse:
+        """Log-probability of a text."""
+        try:
+            self._require_open()
+            score = await self._engine.score(request.prompt, request.text, request.chat, self._mixture(request))
+            return public_wire.score_to_proto(score, per_byte=request.per_byte)
+        except Exception as error:  # every error becomes one status
+            await abort(context, error)
+
+    async def ListExperts(  # noqa: N802
+        self, request: swarm_pb2.ListExpertsRequest, context: Context
+    ) -> swarm_pb2.ListExpertsResponse:
+        """The experts and the groups their vocabularies form."""
+        del request, context
+        ensemble = self._engine.ensemble
+        group_of = {name: i for i, group in enumerate(ensemble.groups(ensemble.uniform())) for name in group.names}
+        return swarm_pb2.ListExpertsResponse(
+            experts=[
+                public_wire.expert_to_proto(
+                    spec,
+                    group_of[name],
+                    swarm_pb2.EXPERT_STATE_DOWN
+                    if self._engine.connections[name].is_lost
+                    else swarm_pb2.EXPERT_STATE_READY,
+                )
+                for name, spec in ensemble.specs.items()
+            ]
+        )
+
+    async def ListParticles(  # noqa: N802
+        self, request: swarm_pb2.ListParticlesRequest, context: Context
+    ) -> swarm_pb2.ListParticlesResponse:
+        """The particles that requests may name."""
+        del request, context
+        return public_wire.particles_to_proto(self._particles.all(), None)
+
+    def _require_open(self) -> None:
+        if self._draining:
+            raise Unavailable("the server is shutting down", retry_after=5.0)
+
+    def _mixture(self, request: swarm_pb2.GenerateRequest | swarm_pb2.ScoreRequest) -> Mixture:
+        specs = self._engine.ensemble.specs
+        if request.HasField("particle"):
+            particle = self._particles.get(request.particle)
+            particle.require_match({name: spec.vocabulary.fingerprint for name, spec in specs.items()})
+            return particle.mixture
+        if request.HasField("mixture"):
+            mixture = public_wire.mixture_from_proto(request.mixture, self._defaults.mixture.rule)
+            mixture.require_known(specs)
+            return mixture
+        return self._defaults.mixture
+
+
+class MalformedRequests(grpc.aio.ServerInterceptor):
+    """Answers bytes that are no request with INVALID_ARGUMENT; grpc itself would answer INTERNAL."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Wrap the handler's deserializer and its function."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.request_deserializer is None:
+            return handler
+        parse = handler.request_deserializer
+
+        def deserialize(data: bytes) -> Any:
+            try:
+                return parse(data)
+            except Exception as error:  # protobuf raises DecodeError, which each implementation defines anew
+                return _Malformed(str(error))
+
+        async def unary(request: Any, context: Context) -> Any:
+            await _refuse_malformed(request, context)
+            return await handler.unary_unary(request, context)
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            await _refuse_malformed(request, context)
+            async for response in handler.unary_stream(request, context):
+                yield response
+
+        make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        return make(
+            stream if handler.response_streaming else unary,
+            request_deserializer=deserialize,
+            response_serializer=handler.response_serializer,
+        )
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    reason: str
+
+
+async def _refuse_malformed(request: Any, context: Context) -> None:
+    if isinstance(request, _Malformed):
+        await context.abort(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"request: not a valid message ({request.reason}); its text fields must be valid UTF-8",
+        )
