@@ -1,0 +1,32 @@
+"""The command line, `token-swarm`: one module a command. torch and transformers are imported only where used."""
+
+from __future__ import annotations
+
+import typer
+
+from token_swarm_server.cli.demo import demo
+from token_swarm_server.cli.doctor import doctor
+from token_swarm_server.cli.errors import Group
+from token_swarm_server.cli.expert import expert
+from token_swarm_server.cli.generate import generate
+from token_swarm_server.cli.particles import particles
+from token_swarm_server.cli.score import score
+from token_swarm_server.cli.serve import serve
+
+app = typer.Typer(
+    cls=Group,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Several language models as one: mixes their next-token distributions, whatever their tokenizers.\n\n"
+    "Start with `token-swarm demo`. Every command has --help with an example.",
+)
+for command in (demo, serve, generate, score, expert, doctor):
+    app.command()(command)
+app.add_typer(particles, name="particles")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="token-swarm")

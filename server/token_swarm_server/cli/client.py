@@ -1,0 +1,100 @@
+"""The CLI's end of SwarmService: a channel, and errors in the user's words."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
+from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError
+
+_MAX_MESSAGE_BYTES = 4 * 2**20
+_OPTIONS = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # Otherwise http_proxy in the environment diverts loopback connections.
+    ("grpc.enable_http_proxy", 0),
+)
+_BAD_INPUT_CODES = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
+
+
+@asynccontextmanager
+async def connect(address: str) -> AsyncIterator[swarm_pb2_grpc.SwarmServiceAsyncStub]:
+    """A stub for the server at `address`; inside, failed calls raise CliError."""
+    async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+        stub: swarm_pb2_grpc.SwarmServiceAsyncStub = swarm_pb2_grpc.SwarmServiceStub(channel)
+        try:
+            yield stub
+        except grpc.aio.AioRpcError as error:
+            raise _explain(error, address) from error
+
+
+async def stream_text(
+    stub: swarm_pb2_grpc.SwarmServiceAsyncStub,
+    request: swarm_pb2.GenerateRequest,
+    write: Callable[[str], object],
+) -> swarm_pb2.Finish:
+    """Generate; `write` gets each piece of text as it arrives. Returns the final message."""
+    async for response in stub.Generate(request):
+        if response.WhichOneof("event") == "finish":
+            return response.finish
+        write(response.chunk.text)
+    raise CliError("the server ended the stream without a final message", FAILURE)
+
+
+def _explain(error: grpc.aio.AioRpcError, address: str) -> CliError:
+    code, message = error.code(), error.details() or "no details"
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # it only needs the three getters it has
+    if code is grpc.StatusCode.UNAVAILABLE and status is None:
+        return CliError(
+            f"no server answers at {address}; start one with "
+            "`token-swarm serve --config examples/demo.yaml`, or give --config to this command",
+            FAILURE,
+        )
+    for detail in status.details if status else ():
+        request = error_details_pb2.BadRequest()
+        if detail.Unpack(request):
+            violations = [f"{each.field}: {each.description}" for each in request.field_violations]
+            message = "; ".join([message, *(v for v in violations if v.partition(": ")[2] not in message)])
+    return CliError(message, BAD_INPUT if code in _BAD_INPUT_CODES else FAILURE)
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message for JSON: 64-bit integers stay numbers, enum values lose their prefix, absent fields are null.
+
+    protobuf's own JSON form makes strings of 64-bit integers.
+    """
+    return {field.name: _plain_field(message, field) for field in message.DESCRIPTOR.fields}
+
+
+def _plain_field(message: Message, field: Any) -> Any:
+    if field.has_presence and not message.HasField(field.name):
+        return None
+    value = getattr(message, field.name)
+    return [_plain_value(one, field) for one in value] if field.is_repeated else _plain_value(value, field)
+
+
+def _plain_value(value: Any, field: Any) -> Any:
+    if isinstance(value, Message):
+        return plain(value)
+    if field.enum_type is not None:
+        return enum_name(field.enum_type, value)
+    return value
+
+
+def enum_name(enum: Any, value: int) -> str:
+    """Name of an enum's value without the prefix that all its values share: `max_bytes`, `byte`."""
+    names = [each.name for each in enum.values]
+    prefix = names[0].removesuffix("UNSPECIFIED")
+    found = enum.values_by_number.get(value)
+    return found.name.removeprefix(prefix).lower() if found else str(value)

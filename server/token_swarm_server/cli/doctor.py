@@ -1,0 +1,94 @@
+"""`token-swarm doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from token_swarm_server.cli import options
+
+_PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy", "gguf", "accelerate")
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def doctor(
+    cache: Annotated[Path, typer.Option(help="Where models are kept.")] = Path(".cache"),
+    as_json: options.Json = False,
+) -> None:
+    """Say what this machine offers.
+
+    Versions, processor, kernels, demo experts, shared memory.
+
+    \b
+    Example:
+      token-swarm doctor --json
+    """
+    findings = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        **_processor(),
+        "kernels": _kernels(),
+        "shared memory": _shared_memory(),
+        **_demo_experts(cache),
+    }
+    if as_json:
+        print(json.dumps(findings))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, finding in findings.items():
+        table.add_row(name, str(finding))
+    Console().print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> dict[str, Any]:
+    import torch
+
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cores": affinity,
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "native bfloat16": bool(torch.cpu.get_capabilities().get("avx512_bf16", False)),
+        "cuda devices": torch.cuda.device_count(),
+    }
+
+
+def _kernels() -> str:
+    from token_swarm import kernels
+
+    return f"{kernels.mix.__module__.rpartition('.')[2]} (torch {_version('torch')})"
+
+
+def _shared_memory() -> str:
+    from token_swarm_server.transport import shared_memory_identity
+
+    if shared_memory_identity(_SHARED_MEMORY) is None:
+        return f"none at {_SHARED_MEMORY}: logits travel inside messages"
+    return f"{_SHARED_MEMORY}, {shutil.disk_usage(_SHARED_MEMORY).free / 1e6:,.0f} MB free"
+
+
+def _demo_experts(cache: Path) -> dict[str, str]:
+    from token_swarm_server.demo_experts import DEMO_EXPERTS, STAMP
+
+    return {
+        f"demo:{expert.name}": str(cache / "experts" / expert.name)
+        if (cache / "experts" / expert.name / STAMP).exists()
+        else "not fetched yet: token-swarm demo"
+        for expert in DEMO_EXPERTS
+    }

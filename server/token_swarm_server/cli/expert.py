@@ -1,0 +1,76 @@
+"""`token-swarm expert`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from token_swarm_server.cli import session
+from token_swarm_server.cli.errors import CliError
+from token_swarm_server.config import EXPERT_NAME, ExpertSettings, Settings
+
+
+def expert(
+    name: Annotated[str, typer.Argument(help="What weights call the expert.")],
+    model: Annotated[str, typer.Option(help="Directory, Hugging Face id, demo:smollm2 or demo:gemma3.")],
+    address: Annotated[
+        str, typer.Option(help="Where to listen: host:port or unix:/path.")
+    ] = "127.0.0.1:50071",
+    backend: Annotated[str, typer.Option(help="What runs the model: transformers.")] = "transformers",
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the model; default: torch's choice.")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option(help="Sequences in the KV cache.")] = 16,
+    max_context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    cache: Annotated[Path, typer.Option(help="Where demo experts are kept.")] = Path(".cache"),
+    stop_when_input_ends: Annotated[
+        bool, typer.Option("--stop-when-input-ends", help="Stop when standard input is closed.", hidden=True)
+    ] = False,
+) -> None:
+    """Run one expert alone.
+
+    A configuration reaches it by its `address`.
+
+    \b
+    Example:
+      token-swarm expert smollm2 --model demo:smollm2 --address 127.0.0.1:50071
+    """
+    from token_swarm_server.expert_process import ExpertStartError, run_expert
+    from token_swarm_server.expert_process import stop_when_input_ends as stop_with
+
+    if stop_when_input_ends:
+        stop_with()
+    if not re.fullmatch(EXPERT_NAME, name):
+        raise CliError(f"NAME: {name!r} is not a valid expert name; it must match {EXPERT_NAME}")
+    try:
+        settings = ExpertSettings.model_validate(
+            {
+                "model": model,
+                "backend": backend,
+                "device": device,
+                "dtype": dtype,
+                "threads": threads,
+                "max_sequences": max_sequences,
+                "max_context": max_context,
+            }
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        flag = str(problem["loc"][0]).replace("_", "-")
+        raise CliError(f"--{flag}: {problem['msg']} (is {problem['input']!r})") from error
+    console = session.stderr_console()
+    models = session.ready_models(Settings.model_construct(experts={name: settings}, cache=cache), console)
+
+    def ready(bound: str) -> None:
+        console.print(f"expert {name} is ready on {bound}", markup=False, highlight=False)
+
+    try:
+        run_expert(name, models[name], settings, address, on_ready=ready)
+    except ExpertStartError as error:
+        raise CliError(str(error)) from error

@@ -1,0 +1,97 @@
+"""`token-swarm generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from token_swarm_server.cli import options, session
+
+if TYPE_CHECKING:
+    from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
+
+_UINT32 = 2**32 - 1
+_UINT64 = 2**64 - 1
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; default: standard input.")] = None,
+    chat: options.Chat = False,
+    weights: options.Weights = None,
+    particle: options.ParticleName = None,
+    rule: options.RuleOption = None,
+    unit: options.UnitOption = options.UnitName.AUTO,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the K best tokens.", min=1, max=_UINT32)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the best tokens of mass P.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens at least P times the best.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.", min=0, max=_UINT64)] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Most bytes to write.", min=1, max=_UINT64)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to write.", min=1, max=_UINT64)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")] = None,
+    epsilon: options.Epsilon = None,
+    address: options.Address = None,
+    config: options.Config = None,
+    as_json: options.Json = False,
+) -> None:
+    """Continue a prompt with the ensemble.
+
+    The text streams to standard output; a table of what each expert did follows on standard error.
+
+    \b
+    Examples:
+      token-swarm generate --prompt "The capital of France is" --max-bytes 100
+      token-swarm generate --prompt "Why is the sky blue?" --chat --weights smollm2=0.7,gemma3=0.3 --temperature 0
+      token-swarm generate --config examples/demo.yaml --prompt "Once upon a time"
+    """
+    from token_swarm.v1 import swarm_pb2
+
+    sampling = swarm_pb2.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    request = swarm_pb2.GenerateRequest(
+        prompt=options.read_text("--prompt", prompt),
+        chat=chat,
+        sampling=sampling,
+        max_bytes=max_bytes,
+        max_tokens=max_tokens,
+        stop=[options.read_text("--stop", each) for each in stop or ()],
+        epsilon=epsilon,
+        **options.mixing_fields(weights, particle, rule, unit),
+    )
+    pieces: list[str] = []
+
+    async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> swarm_pb2.Finish:
+        from token_swarm_server.cli.client import stream_text
+
+        return await stream_text(stub, request, pieces.append if as_json else write_text)
+
+    finish = session.with_server(address, config, call)
+    if as_json:
+        print_json("".join(pieces), finish)
+    else:
+        print_summary(finish)
+
+
+def write_text(text: str) -> None:
+    """Write a piece at once, in UTF-8 whatever the locale is."""
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
+
+
+def print_json(text: str, finish: swarm_pb2.Finish) -> None:
+    """One object: the text and every field of the final message."""
+    from token_swarm_server.cli.client import plain
+
+    document: dict[str, Any] = {"text": text, **plain(finish)}
+    print(json.dumps(document))
+
+
+def print_summary(finish: swarm_pb2.Finish) -> None:
+    """The table of what each expert did; the text before it ends its line first, where a person reads it."""
+    from token_swarm_server.cli.report import finish_table
+
+    if sys.stdout.isatty():
+        print(flush=True)
+    session.stderr_console().print(finish_table(finish))

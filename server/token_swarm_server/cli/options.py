@@ -1,0 +1,111 @@
+"""The flags that several commands share, and what they mean on the wire."""
+
+from __future__ import annotations
+
+import math
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from token_swarm.particle import Mixture, Rule
+from token_swarm_server.cli.errors import CliError
+from token_swarm_server.config import DEFAULT_LISTEN
+
+
+class RuleName(StrEnum):
+    """Values of --rule."""
+
+    LINEAR = "linear"
+    LOG_LINEAR = "log-linear"
+
+
+class UnitName(StrEnum):
+    """Values of --unit."""
+
+    AUTO = "auto"
+    TOKEN = "token"
+    BYTE = "byte"
+
+
+Address = Annotated[
+    str | None, typer.Option(help=f"Address of a running server.  [default: {DEFAULT_LISTEN}]")
+]
+Config = Annotated[
+    Path | None, typer.Option(help="YAML file: start a server with it for this call only.", metavar="FILE")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="Weight per expert, such as smollm2=0.4,gemma3=0.6.", metavar="NAME=W,...")
+]
+ParticleName = Annotated[str | None, typer.Option(help="Named mixture of the server, instead of --weights.")]
+RuleOption = Annotated[RuleName | None, typer.Option(help="How the weights combine the experts.")]
+UnitOption = Annotated[UnitName, typer.Option(help="What is mixed; auto: tokens if all experts share them.")]
+Epsilon = Annotated[
+    float | None, typer.Option(help="Most total variation that a next-byte law may be off; 0: exact.")
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Render the prompt as the user's turn of a chat.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def parse_weights(text: str, rule: Rule) -> Mixture:
+    """`a=0.4,b=0.6` as a mixture. Raises CliError, and BadParameter for weights that define no distribution."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.partition("=")
+        name = name.strip()
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+            equals = ""
+        if not name or not equals:
+            raise CliError(f"--weights: {part!r} is not NAME=NUMBER; allowed: smollm2=0.4,gemma3=0.6")
+        if name in weights:
+            raise CliError(f"--weights: {name} is given twice")
+        weights[name] = value
+    return Mixture(weights, rule)
+
+
+def mixing_fields(
+    weights: str | None, particle: str | None, rule: RuleName | None, unit: UnitName
+) -> dict[str, Any]:
+    """Fields of a GenerateRequest or ScoreRequest that say how to mix. Raises CliError."""
+    from token_swarm.v1 import swarm_pb2
+
+    fields: dict[str, Any] = {"unit": swarm_pb2.Unit.Value(f"UNIT_{unit.name}")}
+    if particle is not None and (weights is not None or rule is not None):
+        raise CliError(
+            "--particle: a particle has weights and a rule of its own; leave out --weights and --rule"
+        )
+    if particle is not None:
+        fields["particle"] = particle
+    elif weights is not None:
+        mixture = parse_weights(weights, Rule(rule.value) if rule else Rule.LOG_LINEAR)
+        fields["mixture"] = swarm_pb2.Mixture(
+            rule=swarm_pb2.Rule.Value(f"RULE_{rule.name}") if rule else swarm_pb2.RULE_UNSPECIFIED,
+            weights=[swarm_pb2.ExpertWeight(expert=name, weight=w) for name, w in mixture.weights.items()],
+        )
+    elif rule is not None:
+        raise CliError("--rule: give --weights as well, such as --weights smollm2=0.5,gemma3=0.5")
+    return fields
+
+
+def read_text(option: str, value: str | None, file: Path | None = None) -> str:
+    """The text of a flag, else of `file`, else of standard input. Raises CliError unless it is UTF-8."""
+    if value is not None:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise CliError(f"{option}: not valid UTF-8 at character {error.start}") from error
+        return value
+    source = str(file) if file else "standard input"
+    if file is None and sys.stdin.isatty():
+        raise CliError(f"{option}: is missing; give it, or pipe a text in")
+    try:
+        return (file.read_bytes() if file else sys.stdin.buffer.read()).decode()
+    except OSError as error:
+        raise CliError(f"{option}: {source} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CliError(f"{option}: {source} is not valid UTF-8 at byte {error.start}") from error

@@ -1,0 +1,102 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from token_swarm.v1 import swarm_pb2
+from token_swarm_server.cli.client import enum_name
+
+_STATES = swarm_pb2.ExpertState.DESCRIPTOR
+_REASONS = swarm_pb2.FinishReason.DESCRIPTOR
+_UNITS = swarm_pb2.Unit.DESCRIPTOR
+_RULES = swarm_pb2.Rule.DESCRIPTOR
+
+
+def _table(first: str, *numbers: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for number in numbers:
+        table.add_column(number, justify="right")
+    return table
+
+
+def experts_table(experts: Iterable[swarm_pb2.ExpertInfo]) -> Table:
+    """What runs; experts of one group share their tokens."""
+    table = _table("expert", "architecture", "group", "vocabulary", "context", "dtype", "state")
+    for each in experts:
+        table.add_row(
+            each.name,
+            each.architecture,
+            str(each.group),
+            f"{each.vocabulary_size:,}",
+            f"{each.max_context:,}",
+            each.dtype,
+            enum_name(_STATES, each.state),
+        )
+    return table
+
+
+def finish_table(finish: swarm_pb2.Finish) -> Table:
+    """What each expert did for a text, and how long a byte and one of its tokens took."""
+    seconds = finish.timings.total_seconds
+    first = (
+        f"{finish.timings.first_byte_seconds:.2f} s" if finish.timings.HasField("first_byte_seconds") else "-"
+    )
+    title = (
+        f"{finish.bytes} bytes in {seconds:.2f} s (first after {first}), unit {enum_name(_UNITS, finish.unit)}, "
+        f"finish {enum_name(_REASONS, finish.reason)}, "
+        + (f"seed {finish.seed}, " if finish.HasField("seed") else "greedy, ")
+        + f"certificate {finish.certificate:.2g}"
+    )
+    table = _table("expert", "share", "tokens", "forwards", "wasted", "ms/byte", "ms/token", title=title)
+    for use in finish.experts:
+        table.add_row(
+            use.expert,
+            f"{use.share:.1%}",
+            str(use.tokens),
+            str(use.forwards),
+            str(use.wasted_forwards),
+            _milliseconds(seconds, finish.bytes),
+            _milliseconds(seconds, use.tokens),
+        )
+    return table
+
+
+def _milliseconds(seconds: float, count: int) -> str:
+    return f"{1000 * seconds / count:.1f}" if count else "-"
+
+
+def score_table(report: Mapping[str, Any]) -> Table:
+    """Bits per byte of a text under the ensemble and under each expert."""
+    table = _table(
+        "model",
+        "bits/byte",
+        "bits/byte of its tokens",
+        "tokens",
+        title=f"{report['bytes']} bytes (lower is better)",
+    )
+    table.add_row("ensemble", f"{report['bits_per_byte']['ensemble']:.4f}", "", "")
+    for name, bits in report["bits_per_byte"]["experts"].items():
+        own = report["token_level"]["experts"][name]
+        table.add_row(name, f"{bits:.4f}", f"{own:.4f}", str(report["tokens"][name]))
+    return table
+
+
+def particles_table(particles: Iterable[swarm_pb2.ParticleInfo]) -> Table:
+    """Named mixtures."""
+    table = _table("particle", "rule", "weights", "utility", "dev", "test")
+    for each in particles:
+        weights = ", ".join(f"{weight.expert}={weight.weight:g}" for weight in each.mixture.weights)
+        table.add_row(
+            each.name,
+            enum_name(_RULES, each.mixture.rule).replace("_", "-"),
+            weights,
+            each.utility or "-",
+            f"{each.dev_score:g}" if each.HasField("dev_score") else "-",
+            f"{each.test_score:g}" if each.HasField("test_score") else "-",
+        )
+    return table

@@ -1,0 +1,98 @@
+"""`token-swarm score`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from token_swarm_server.cli import options, session
+from token_swarm_server.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
+
+
+def score(
+    text: Annotated[str | None, typer.Option(help="Text to score; default: standard input.")] = None,
+    text_file: Annotated[
+        Path | None, typer.Option(help="File with the text to score.", metavar="FILE")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Text that comes before and is not scored.")] = "",
+    chat: options.Chat = False,
+    weights: options.Weights = None,
+    particle: options.ParticleName = None,
+    rule: options.RuleOption = None,
+    unit: options.UnitOption = options.UnitName.AUTO,
+    per_byte: Annotated[
+        bool, typer.Option("--per-byte", help="Bits of every byte as well (--json).")
+    ] = False,
+    address: options.Address = None,
+    config: options.Config = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure how well the ensemble predicts a text.
+
+    Bits per byte of the ensemble and of each expert alone; lower is better.
+
+    \b
+    Examples:
+      token-swarm score --text-file README.md
+      token-swarm score --config examples/demo.yaml --text "Paris is in France." --json
+    """
+    from token_swarm.v1 import swarm_pb2
+
+    if text is not None and text_file is not None:
+        raise CliError("--text-file: give it or --text, not both")
+    if per_byte and not as_json:
+        raise CliError("--per-byte: is for --json only")
+    request = swarm_pb2.ScoreRequest(
+        prompt=options.read_text("--prompt", prompt),
+        text=options.read_text("--text", text, text_file),
+        chat=chat,
+        per_byte=per_byte,
+        **options.mixing_fields(weights, particle, rule, unit),
+    )
+
+    async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> Any:
+        return await stub.Score(request)
+
+    report = _report(session.with_server(address, config, call), per_byte=per_byte)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        from rich.console import Console
+
+        from token_swarm_server.cli.report import score_table
+
+        Console().print(score_table(report))
+
+
+def _report(response: swarm_pb2.ScoreResponse, *, per_byte: bool) -> dict[str, Any]:
+    """The answer in bits. token_level: log-probability of the expert's own tokens, per byte of text."""
+
+    def bits(nats: float) -> float:
+        return -nats / (math.log(2) * response.bytes)
+
+    report: dict[str, Any] = {
+        "bytes": response.bytes,
+        "bits_per_byte": {
+            "ensemble": bits(response.log_prob),
+            "experts": {each.expert: bits(each.log_prob) for each in response.experts},
+        },
+        "token_level": {"experts": {each.expert: bits(each.token_log_prob) for each in response.experts}},
+        "tokens": {each.expert: each.tokens for each in response.experts},
+        "certificate": response.certificate,
+    }
+    if per_byte:
+        report["per_byte"] = {
+            "ensemble": [-nats / math.log(2) for nats in response.byte_log_probs],
+            "experts": {
+                each.expert: [-nats / math.log(2) for nats in each.byte_log_probs]
+                for each in response.experts
+            },
+        }
+    return report

@@ -1,0 +1,63 @@
+"""`token-swarm serve`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from token_swarm_server.cli import session
+from token_swarm_server.config import Settings, load_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def serve(
+    config: Annotated[Path, typer.Option(help="YAML file that names the experts.", metavar="FILE")],
+    listen: Annotated[
+        str | None, typer.Option(help="host:port or unix:/path, instead of the file's.")
+    ] = None,
+) -> None:
+    """Serve the experts of a configuration as one model.
+
+    Starts their processes and runs until Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      token-swarm serve --config examples/demo.yaml
+      TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve --config examples/demo.yaml
+    """
+    settings = load_settings(config, **({"coordinator": {"listen": listen}} if listen else {}))
+    console = session.stderr_console()
+    models = session.ready_models(settings, console)
+    session.run(_serve(settings, models, console))
+
+
+async def _serve(settings: Settings, models: dict[str, str], console: Console) -> None:
+    from token_swarm_server.coordinator import run_coordinator
+    from token_swarm_server.launcher import launch
+
+    tables: list[asyncio.Task[None]] = []
+
+    def ready(address: str) -> None:
+        tables.append(asyncio.create_task(_show(address, console)))
+        console.print(f"serving on {address}; stop with Ctrl-C", markup=False, highlight=False)
+
+    with session.start_errors():
+        async with launch(settings, models, console=console) as endpoints:
+            await run_coordinator(settings, endpoints, ready=ready)
+            await asyncio.gather(*tables)
+            console.print("stopping the experts")
+
+
+async def _show(address: str, console: Console) -> None:
+    from token_swarm.v1 import swarm_pb2
+    from token_swarm_server.cli.client import connect
+    from token_swarm_server.cli.report import experts_table
+
+    async with connect(address) as stub:
+        listed: Any = await stub.ListExperts(swarm_pb2.ListExpertsRequest())
+    console.print(experts_table(listed.experts))

@@ -1,0 +1,226 @@
+"""Starts each expert as a process of its own, waits until all answer, and stops them whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from token_swarm_server.config import ExpertSettings, Settings
+from token_swarm_server.expert_process import STOP_SECONDS
+
+CONNECT_SECONDS = 10.0
+"""How long an expert that should run already may take to answer."""
+_POLL_SECONDS = 0.1
+_LOG_LINES = 3
+# As in expert_client: an expert that is still loading would be found late, http_proxy would divert loopback.
+_CHANNEL = (
+    ("grpc.max_reconnect_backoff_ms", 200),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class LaunchError(RuntimeError):
+    """An expert did not come up. The message is one line; `bad_input`: the configuration is to blame."""
+
+    def __init__(self, message: str, *, bad_input: bool) -> None:
+        super().__init__(message)
+        self.bad_input = bad_input
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A process that was started here."""
+
+    name: str
+    process: Process
+    log: Path
+
+
+@asynccontextmanager
+async def launch(
+    settings: Settings, models: Mapping[str, str], *, console: Console
+) -> AsyncIterator[dict[str, str]]:
+    """Experts of `settings`, running: gRPC address by name, in the order of the configuration.
+
+    models: what `resolve_models` says. Experts without an address are started in parallel; on leaving they get
+    SIGTERM and, after `STOP_SECONDS`, SIGKILL. They also end by themselves when this process is killed.
+    Progress goes to `console`. Raises LaunchError when an expert does not come up.
+    """
+    local = settings.local_experts()
+    # Short and private: the path of a UNIX socket has at most 107 bytes, and who can open it can use the model.
+    runtime = Path(tempfile.mkdtemp(prefix="token-swarm-"))
+    running: list[_Running] = []
+    try:
+        endpoints = {
+            name: expert.address or f"unix:{runtime}/{index}.sock"
+            for index, (name, expert) in enumerate(settings.experts.items())
+        }
+        cores = _share_cores(local)
+        for name, expert in local.items():
+            given = expert.model_copy(update={"threads": expert.threads or _default_threads(len(local))})
+            started = await _start(name, models[name], given, endpoints[name], settings.cache)
+            running.append(started)
+            if settings.pin_cores and cores:
+                os.sched_setaffinity(started.process.pid, cores[name])
+        await _wait_ready(endpoints, {started.name: started for started in running}, console)
+        watchers = [asyncio.create_task(_report_exit(started, console)) for started in running]
+        try:
+            yield endpoints
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+    finally:
+        # Shielded: a second Ctrl-C must not leave processes behind.
+        await asyncio.shield(asyncio.gather(*map(_stop, running)))
+        shutil.rmtree(runtime, ignore_errors=True)
+
+
+def _cores() -> list[int]:
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
+
+
+def _default_threads(experts: int) -> int:
+    return max(1, len(_cores()) // experts)
+
+
+def _share_cores(local: Mapping[str, ExpertSettings]) -> dict[str, set[int]]:
+    """Cores of each expert, disjoint; empty when there are too few, or the system cannot pin."""
+    needed = {name: expert.threads or _default_threads(len(local)) for name, expert in local.items()}
+    cores = iter(_cores())
+    if sum(needed.values()) > len(_cores()) or not hasattr(os, "sched_setaffinity"):
+        return {}
+    return {name: {next(cores) for _ in range(count)} for name, count in needed.items()}
+
+
+async def _start(name: str, model: str, expert: ExpertSettings, address: str, cache: Path) -> _Running:
+    log = cache / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"")
+    threads = str(expert.threads)
+    command = [
+        str(expert.python or sys.executable), "-m", "token_swarm_server.cli", "expert", name,
+        "--model", model, "--address", address, "--backend", expert.backend, "--device", expert.device,
+        "--dtype", expert.dtype, "--threads", threads, "--max-sequences", str(expert.max_sequences),
+        "--max-context", str(expert.max_context), "--stop-when-input-ends",
+    ]  # fmt: skip
+    # Appending keeps the log in order should two servers share a cache.
+    with log.open("ab") as out:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+                # A Ctrl-C in the terminal is for the coordinator, which lets running texts end first.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(
+                f"experts.{name}.python: {command[0]} cannot be run: {error.strerror}", bad_input=True
+            ) from error
+    return _Running(name, process, log)
+
+
+async def _wait_ready(
+    endpoints: Mapping[str, str], running: Mapping[str, _Running], console: Console
+) -> None:
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+
+        async def one(name: str, address: str) -> None:
+            task = progress.add_task(f"expert {name}: loading", total=1)
+            await _wait_one(name, address, running.get(name))
+            progress.update(task, description=f"expert {name}: ready", completed=1)
+
+        waits = [asyncio.create_task(one(name, address)) for name, address in endpoints.items()]
+        try:
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+
+async def _wait_one(name: str, address: str, started: _Running | None) -> None:
+    """Return once the expert's health is SERVING. Raises LaunchError when it exits, or nothing answers."""
+    health = asyncio.create_task(_serving(address))
+    try:
+        if started is None:
+            await asyncio.wait({health}, timeout=CONNECT_SECONDS)
+            if not health.done():
+                raise LaunchError(
+                    f"experts.{name}.address: no expert answers at {address} within {CONNECT_SECONDS:.0f} s",
+                    bad_input=False,
+                )
+            return
+        gone = asyncio.create_task(started.process.wait())
+        try:
+            await asyncio.wait({health, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise _exit_error(started)
+        finally:
+            gone.cancel()
+    finally:
+        health.cancel()
+
+
+async def _serving(address: str) -> None:
+    async with grpc.aio.insecure_channel(address, options=_CHANNEL) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=1)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+def _exit_error(started: _Running) -> LaunchError:
+    code = started.process.returncode
+    lines = [line.strip() for line in started.log.read_text(errors="replace").splitlines() if line.strip()]
+    if lines and lines[-1].startswith("error: "):
+        return LaunchError(lines[-1].removeprefix("error: "), bad_input=code == 2)
+    how = f"was ended by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
+    said = " | ".join(lines[-_LOG_LINES:]) or "nothing"
+    return LaunchError(
+        f"expert {started.name!r} {how} while starting; last in {started.log}: {said}", bad_input=False
+    )
+
+
+async def _report_exit(started: _Running, console: Console) -> None:
+    code = await started.process.wait()
+    console.print(f"expert {started.name} exited with code {code}; see {started.log}", markup=False)
+
+
+async def _stop(started: _Running) -> None:
+    process = started.process
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_SECONDS)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
