@@ -51,9 +51,7 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
         self._worker = worker
         self._directory = directory
         self._shared_memory = transport.shared_memory_identity(directory)
-        self._description = wire.spec_to_proto(
-            expert.spec, max_rows=max_rows, shared_memory=self._shared_memory
-        )
+        self._description = wire.spec_to_proto(expert.spec, max_rows=max_rows, shared_memory=self._shared_memory)
         # Tokenizing does not wait for the model.
         self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -61,9 +59,7 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
         """Wait for the tokenizer's thread."""
         self._tokenizer.shutdown()
 
-    async def Describe(
-        self, request: expert_pb2.DescribeRequest, context: _Context
-    ) -> expert_pb2.DescribeResponse:
+    async def Describe(self, request: expert_pb2.DescribeRequest, context: _Context) -> expert_pb2.DescribeResponse:
         """Return the expert's spec."""
         return self._description
 
@@ -88,9 +84,7 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
         except Exception as exception:
             await errors.abort(context, exception)
 
-    async def Tokenize(
-        self, request: expert_pb2.TokenizeRequest, context: _Context
-    ) -> expert_pb2.TokenizeResponse:
+    async def Tokenize(self, request: expert_pb2.TokenizeRequest, context: _Context) -> expert_pb2.TokenizeResponse:
         """Tokenize a text."""
         loop = asyncio.get_running_loop()
         try:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
+import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from token_swarm.experts.contract import (
@@ -49,6 +48,11 @@ class _Job:
     ops: tuple[Op, ...]
     reply: asyncio.Future[expert_pb2.StepReply]
 
+    @property
+    def rows(self) -> int:
+        """Logit rows that the step asks for."""
+        return sum(map(wire.row_count, self.ops))
+
 
 def _move(op: Op, base: int) -> Op:
     """The operation on sequence ids that are `base` higher."""
@@ -75,31 +79,48 @@ def _named(error: OpError | None, op: Op, base: int) -> OpError | None:
     return OpError(error.kind, message)
 
 
+def _resolve(jobs: list[_Job], replies: list[expert_pb2.StepReply]) -> None:
+    for job, reply in zip(jobs, replies, strict=True):
+        if not job.reply.done():
+            job.reply.set_result(reply)
+
+
+def _fail(jobs: list[_Job], exception: Exception) -> None:
+    for job in jobs:
+        if not job.reply.done():
+            job.reply.set_exception(exception)
+
+
 class ExpertWorker:
-    """Runs the steps of all streams; steps that wait at the same moment become one step of the expert."""
+    """Runs the steps of all streams; steps that wait at the same moment become one step of the expert.
+
+    Its methods are for the event loop's thread. The model has a thread of its own with a plain queue before it:
+    through a task and an executor, a step would change threads and wake the loop twice as often.
+    """
 
     def __init__(self, expert: Expert, max_rows: int) -> None:
         """`max_rows`: most logit rows of steps that are merged."""
         self._expert = expert
         self._max_rows = max_rows
-        self._pending: deque[_Job | Stream] = deque()
-        self._wake = asyncio.Event()
-        self._stopping = False
+        self._queue: queue.SimpleQueue[_Job | Stream | None] = queue.SimpleQueue()
+        # Taken from the queue, but not part of the step that took it.
+        self._next: list[_Job | Stream | None] = []
         self._streams = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert")
-        self._task: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="expert", daemon=True)
 
     def start(self) -> None:
         """Begin to take steps."""
-        self._task = asyncio.create_task(self._run())
+        self._thread.start()
 
     async def stop(self) -> None:
         """Finish what is queued and end the thread. No stream may be open."""
-        self._stopping = True
-        self._wake.set()
-        if self._task is not None:
-            await self._task
-        self._thread.shutdown()
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def queued(self) -> int:
+        """Steps and closed streams that the thread has not taken yet."""
+        return self._queue.qsize()
 
     def open_stream(self) -> Stream:
         """Admit a caller."""
@@ -110,62 +131,55 @@ class ExpertWorker:
 
     def close_stream(self, stream: Stream) -> None:
         """Free what the stream holds, after the step that may be running. Never waits."""
-        self._pending.append(stream)
-        self._wake.set()
+        self._queue.put(stream)
 
-    async def submit(self, stream: Stream, number: int, ops: Sequence[Op]) -> expert_pb2.StepReply:
-        """Queue a step and wait for its answer. A step whose caller stops waiting is not run if it can be."""
-        job = _Job(stream, number, tuple(ops), asyncio.get_running_loop().create_future())
-        self._pending.append(job)
-        self._wake.set()
+    async def submit(self, stream: Stream, number: int, ops: tuple[Op, ...]) -> expert_pb2.StepReply:
+        """Queue a step and wait for its answer. A step whose caller stops waiting is not run if it can be.
+
+        Raises whatever the expert's own `step` does.
+        """
+        job = _Job(stream, number, ops, asyncio.get_running_loop().create_future())
+        self._queue.put(job)
         return await job.reply
 
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._pending:
-                first = self._pending.popleft()
-                if isinstance(first, Stream):
-                    await loop.run_in_executor(self._thread, self._free, first)
-                elif jobs := self._take(first):
-                    await self._answer(jobs)
-            if self._stopping:
-                return
+    def _run(self) -> None:
+        """The thread: until None comes out of the queue."""
+        while (item := self._next.pop() if self._next else self._queue.get()) is not None:
+            if isinstance(item, Stream):
+                self._free(item)
+            else:
+                self._answer(self._take(item))
 
     def _take(self, first: _Job) -> list[_Job]:
-        """The jobs that run next: those at the head of the queue, as far as their rows fit one step."""
-        jobs: list[_Job] = []
-        rows = 0
-        job: _Job | Stream = first
-        while isinstance(job, _Job):
-            if not job.reply.done():
-                rows += sum(map(wire.row_count, job.ops))
-                if jobs and rows > self._max_rows:
-                    break
-                jobs.append(job)
-            if not self._pending:
-                return jobs
-            job = self._pending.popleft()
-        self._pending.appendleft(job)
-        return jobs
+        """The jobs that run next: `first` and those after it, as far as their rows fit one step."""
+        jobs = [first]
+        rows = first.rows
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if not isinstance(item, _Job) or rows + item.rows > self._max_rows:
+                self._next.append(item)
+                break
+            jobs.append(item)
+            rows += item.rows
+        return [job for job in jobs if not job.reply.done()]
 
-    async def _answer(self, jobs: list[_Job]) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            replies = await loop.run_in_executor(self._thread, self._step, jobs)
-        except Exception as exception:
-            for job in jobs:
-                if not job.reply.done():
-                    job.reply.set_exception(exception)
+    def _answer(self, jobs: list[_Job]) -> None:
+        """Run the jobs, and resolve their replies in the thread of the event loop."""
+        if not jobs:
             return
-        for job, reply in zip(jobs, replies, strict=True):
-            if not job.reply.done():
-                job.reply.set_result(reply)
+        loop = jobs[0].reply.get_loop()
+        try:
+            replies = self._step(jobs)
+        except Exception as exception:
+            loop.call_soon_threadsafe(_fail, jobs, exception)
+        else:
+            loop.call_soon_threadsafe(_resolve, jobs, replies)
 
     def _step(self, jobs: list[_Job]) -> list[expert_pb2.StepReply]:
-        """Run the jobs as one step of the expert; in the worker's thread."""
+        """Run the jobs as one step of the expert."""
         ops = [_move(op, job.stream.base) for job in jobs for op in job.ops]
         for job in jobs:
             # Before the step: should it fail half-way, everything that it may have opened is freed.
@@ -194,8 +208,7 @@ class ExpertWorker:
         got = (result.logits.dtype, result.logits.shape[1], len(result.spans), len(result.errors))
         if got != expected:
             raise RuntimeError(
-                f"expert {spec.name!r} broke its contract: "
-                f"(dtype, width, spans, errors) is {got}, expected {expected}"
+                f"expert {spec.name!r} broke its contract: (dtype, width, spans, errors) is {got}, expected {expected}"
             )
 
     @staticmethod
@@ -208,8 +221,7 @@ class ExpertWorker:
             result.logits[first_row:last_row],
             tuple((begin - first_row, end - first_row) for begin, end in spans),
             tuple(
-                _named(error, op, job.stream.base)
-                for error, op in zip(result.errors[start:stop], job.ops, strict=True)
+                _named(error, op, job.stream.base) for error, op in zip(result.errors[start:stop], job.ops, strict=True)
             ),
         )
 
@@ -227,7 +239,7 @@ class ExpertWorker:
                     live.discard(new)
 
     def _free(self, stream: Stream) -> None:
-        """Close what a stream left open; in the worker's thread."""
+        """Close what a stream left open."""
         try:
             if stream.live:
                 self._expert.step([Close(stream.base + sequence) for sequence in sorted(stream.live)])
