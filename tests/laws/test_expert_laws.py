@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.conftest import CORPUS, TINY_MODELS
 from token_swarm.experts import laws
 from token_swarm.experts.contract import Truncate
 from token_swarm.experts.toy import TextLawExpert, ToyExpert, random_text_law
@@ -35,6 +36,34 @@ def test_toy_experts_keep_the_laws(make, law):
 @pytest.mark.parametrize("make", TOYS.values(), ids=TOYS.keys())
 def test_toy_experts_write_their_text(make):
     laws.tokenize_writes_the_text(make(), TEXTS)
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_transformers_experts_keep_the_laws(tiny_expert, name, law):
+    law(tiny_expert(name), np.random.default_rng(0), 1e-4)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_transformers_experts_write_their_text(tiny_expert, name):
+    laws.tokenize_writes_the_text(tiny_expert(name), [*CORPUS, "", "<|end|><|bos|>", " \n x"])
+
+
+# Filling 800 tokens of context is left to the tiny models.
+REAL_LAWS = [law for law in laws.LAWS if law is not laws.context_full_is_an_error]
+
+
+@pytest.mark.real_experts
+@pytest.mark.parametrize("law", REAL_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_real_experts_keep_the_laws(real_expert, name, law):
+    law(real_expert(name), np.random.default_rng(0), 1e-3)
+
+
+@pytest.mark.real_experts
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_real_experts_write_their_text(real_expert, name):
+    laws.tokenize_writes_the_text(real_expert(name), [*CORPUS, "", "<|im_end|><eos>", " \n x", "\t\tif 12345:\r\n"])
 
 
 class ForgetsRollback(ToyExpert):

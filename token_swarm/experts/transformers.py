@@ -1,0 +1,274 @@
+"""Any Hugging Face causal LM as an expert: packed batches over a slot cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from token_swarm.experts.contract import (
+    Close,
+    EncodedPrompt,
+    ExpertSpec,
+    Extend,
+    Fork,
+    Op,
+    Open,
+    OpError,
+    Rows,
+    StepResult,
+)
+from token_swarm.experts.cpu_linear import pack_linears
+from token_swarm.experts.ops import apply_lengths, refusal
+from token_swarm.experts.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
+from token_swarm.experts.slot_cache import SlotCache
+from token_swarm.experts.token_bytes import (
+    TokenizerError,
+    canonical_digest,
+    check_round_trip,
+    eos_ids_of,
+    vocabulary_of,
+)
+from token_swarm.experts.transformers_check import CONTEXT, SEQUENCES, PlainForward
+from token_swarm.experts.transformers_loading import ExpertLoadError, context_limit, device_of, load
+from token_swarm.experts.transformers_prompt import PromptEncoder
+
+__all__ = ["ExpertLoadError", "TransformersExpert"]
+
+_CHUNK = 256
+"""Most tokens of one forward: it bounds the memory of a long prefill."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Tokens of one slot that wait for the next forward."""
+
+    start: int
+    tokens: list[int] = field(default_factory=list)
+    # (index in tokens, row of the step's result)
+    wanted: list[tuple[int, int]] = field(default_factory=list)
+
+
+class TransformersExpert:
+    """An expert backed by a Hugging Face causal LM.
+
+    A step runs one forward for every operation that does not depend on another of the same step; operations
+    on different sequences never do. What does: extending a sequence that the same step truncated after
+    extending it, or forked from a sequence the step had extended before.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        threads: int | None = None,
+        max_sequences: int = 16,
+        max_context: int = 2048,
+    ) -> None:
+        """Load `model`, a directory or hub id, and check that packed steps equal its plain forward.
+
+        `dtype` is "float32", "bfloat16", "float16" or "auto": bfloat16 where the device computes it natively,
+        else float32. `threads` sets torch's intra-op threads for the whole process (None leaves them).
+        `max_context` is lowered to what the model knows. Raises ExpertLoadError.
+        """
+        _at_least("max_sequences", max_sequences, SEQUENCES)
+        _at_least("max_context", max_context, CONTEXT)
+        if threads is not None:
+            _at_least("threads", threads, 1)
+            torch.set_num_threads(threads)
+        self._device = device_of(device)
+        self._model, tokenizer = load(model, self._device, dtype)
+        limit = context_limit(self._model)
+        context = max_context if limit is None else min(max_context, limit)
+        self._spec = _spec(name, self._model, tokenizer, max_sequences, context)
+        self._prompts = PromptEncoder(tokenizer, self._spec.vocabulary)
+        self._cache = SlotCache(max_sequences, context)
+        self._slots: dict[int, int] = {}
+        self._lengths: dict[int, int] = {}
+        self._clear_plan()
+
+        plain = PlainForward(self._model, self._spec)
+        self._model.set_attn_implementation(IMPLEMENTATION)
+        if self._device.type == "cpu":
+            pack_linears(self._model, torch.get_num_threads())
+        try:
+            plain.compare(self)
+        except (TypeError, RuntimeError, LookupError) as error:
+            message = f"model: {self._spec.architecture} cannot be served in packed batches: {error}"
+            raise ExpertLoadError(message) from error
+
+    @property
+    def spec(self) -> ExpertSpec:
+        """Constant facts about the expert."""
+        return self._spec
+
+    def encode(self, prompt: str, *, chat: bool = False) -> EncodedPrompt:
+        """See `Expert.encode`. What looks like a special token in `prompt` stays plain text."""
+        return self._prompts.encode(prompt, chat=chat)
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """See `Expert.tokenize`. Raises ValueError when the tokenizer does not reproduce `text`."""
+        return self._prompts.tokenize(text)
+
+    def step(self, ops: Sequence[Op]) -> StepResult:
+        """See `Expert.step`. If a forward fails, every sequence is closed before the error is raised."""
+        # Made outside inference mode, so that whoever gets the rows may write to them.
+        bound = sum(_row_count(op) for op in ops)
+        logits = torch.empty(bound, self._spec.vocabulary.width, dtype=self._spec.dtype)
+        spans: list[tuple[int, int]] = []
+        errors: list[OpError | None] = []
+        row = 0
+        try:
+            with torch.inference_mode():
+                for op in ops:
+                    error = refusal(op, self._lengths, self._spec)
+                    first = row
+                    if error is None:
+                        self._plan(op, first, logits)
+                        row += _row_count(op)
+                    errors.append(error)
+                    spans.append((first, row))
+                self._flush(logits)
+        except BaseException:
+            self._release_all()
+            raise
+        return StepResult(logits[:row], tuple(spans), tuple(errors))
+
+    def close(self) -> None:
+        """Free the model and every sequence."""
+        self._release_all()
+        self._model = None
+
+    def _plan(self, op: Op, row: int, logits: torch.Tensor) -> None:
+        """Queue what `op` needs of a forward; run the queue first where `op` depends on it."""
+        match op:
+            case Open(sequence):
+                self._slots[sequence] = self._take_slot(logits)
+                self._wait(op, 0, row)
+            case Extend(sequence):
+                slot, start = self._slots[sequence], self._lengths[sequence]
+                queued = self._waiting.get(slot)
+                if slot in self._unready or (queued and queued.start + len(queued.tokens) != start):
+                    self._flush(logits)
+                self._wait(op, start, row)
+            case Fork(sequence, new):
+                source, length = self._slots[sequence], self._lengths[sequence]
+                target = self._slots[new] = self._take_slot(logits)
+                if source in self._waiting or source in self._unready:
+                    self._unready.add(target)
+                    self._afterwards.append(lambda: self._cache.copy(source, target, length))
+                else:
+                    self._cache.copy(source, target, length)
+            case Close(sequence) if sequence in self._slots:
+                slot = self._slots.pop(sequence)
+                if slot in self._waiting or slot in self._unready:
+                    self._afterwards.append(lambda: self._cache.release(slot))
+                else:
+                    self._cache.release(slot)
+        apply_lengths(op, self._lengths)
+
+    def _take_slot(self, logits: torch.Tensor) -> int:
+        if not self._cache.has_free_slot:
+            self._flush(logits)
+        return self._cache.take()
+
+    def _wait(self, op: Open | Extend, start: int, row: int) -> None:
+        waiting = self._waiting.setdefault(self._slots[op.sequence], _Waiting(start))
+        waiting.tokens.extend(op.tokens)
+        count = _row_count(op)
+        end = len(waiting.tokens)
+        waiting.wanted.extend((end - count + index, row + index) for index in range(count))
+
+    def _flush(self, logits: torch.Tensor) -> None:
+        """Run the queued forwards, then what had to wait for them."""
+        runs: list[Run] = []
+        tokens: list[int] = []
+        wanted: list[tuple[int, int]] = []
+        for slot, waiting in self._waiting.items():
+            fed = 0
+            while fed < len(waiting.tokens):
+                count = min(len(waiting.tokens) - fed, _CHUNK - len(tokens))
+                runs.append(Run(slot, waiting.start + fed, count, len(tokens)))
+                shift = len(tokens) - fed
+                wanted += [(at + shift, row) for at, row in waiting.wanted if fed <= at < fed + count]
+                tokens += waiting.tokens[fed : fed + count]
+                fed += count
+                if len(tokens) == _CHUNK:
+                    self._forward(runs, tokens, wanted, logits)
+                    runs, tokens, wanted = [], [], []
+        if tokens:
+            self._forward(runs, tokens, wanted, logits)
+        for action in self._afterwards:
+            action()
+        self._clear_plan()
+
+    def _forward(
+        self, runs: list[Run], tokens: list[int], wanted: list[tuple[int, int]], logits: torch.Tensor
+    ) -> None:
+        """One forward over `runs`; batch row i of each wanted (i, j) becomes row j of `logits`."""
+        batch = PackedBatch(runs, self._device)
+        active = ACTIVE.set(batch)
+        try:
+            output = self._model(
+                input_ids=torch.tensor([tokens], device=self._device),
+                position_ids=batch.positions[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor([at for at, _ in wanted], dtype=torch.long, device=self._device),
+            )
+        finally:
+            ACTIVE.reset(active)
+        if wanted:
+            logits[[row for _, row in wanted]] = output.logits[0].to("cpu", self._spec.dtype)
+
+    def _clear_plan(self) -> None:
+        self._waiting: dict[int, _Waiting] = {}
+        # Slots whose contents are copied once the queued forwards have run.
+        self._unready: set[int] = set()
+        self._afterwards: list[Callable[[], None]] = []
+
+    def _release_all(self) -> None:
+        self._slots.clear()
+        self._lengths.clear()
+        self._clear_plan()
+        self._cache.release_all()
+
+
+def _at_least(field_name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ExpertLoadError(f"{field_name}: {value} is not allowed, at least {least} is needed")
+
+
+def _row_count(op: Op) -> int:
+    if not isinstance(op, Open | Extend):
+        return 0
+    return {Rows.NONE: 0, Rows.LAST: 1, Rows.ALL: len(op.tokens)}[op.rows]
+
+
+def _spec(name: str, model: Any, tokenizer: Any, max_sequences: int, max_context: int) -> ExpertSpec:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ExpertLoadError(f"model: {type(model).__name__} has no language-model head")
+    try:
+        eos_ids = eos_ids_of(model.config, model.generation_config, tokenizer)
+        vocabulary = vocabulary_of(tokenizer, width=head.weight.shape[0], eos_ids=eos_ids)
+        check_round_trip(tokenizer, vocabulary)
+        canonical = canonical_digest(tokenizer)
+    except TokenizerError as error:
+        raise ExpertLoadError(f"model: {error}") from error
+    return ExpertSpec(
+        name=name,
+        architecture=type(model).__name__,
+        vocabulary=vocabulary,
+        canonical=canonical,
+        max_context=max_context,
+        max_sequences=max_sequences,
+        dtype=model.dtype,
+        has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
+    )

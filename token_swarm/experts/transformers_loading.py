@@ -1,0 +1,83 @@
+"""Loading a Hugging Face causal LM, or saying in one sentence why it cannot take part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ExpertLoadError(ValueError):
+    """A model that cannot be loaded, or cannot be served as an expert."""
+
+
+def load(model: str | Path, device: torch.device, dtype: str) -> tuple[Any, Any]:
+    """The causal LM and the tokenizer of a directory or hub id, in evaluation mode on `device`.
+
+    Raises ExpertLoadError when it is missing, is not a causal LM, keeps a state that cannot be rolled back,
+    or has an attention that cannot be replaced.
+    """
+    source = _source(model)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        network = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=_dtype(dtype, device))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, ExpertLoadError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ExpertLoadError(f"model: {source} cannot be loaded as a causal language model: {reason}") from error
+    name = type(network).__name__
+    if getattr(network, "_is_stateful", False):
+        raise ExpertLoadError(f"model: {name} keeps a recurrent state, which cannot be rolled back")
+    if not getattr(network, "_supports_attention_backend", False):
+        raise ExpertLoadError(f"model: the attention of {name} cannot be replaced (no AttentionInterface)")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ExpertLoadError(f"model: {name} is an encoder-decoder, a decoder-only model is needed")
+    return network.eval().to(device), tokenizer
+
+
+def device_of(device: str) -> torch.device:
+    """Parse and check a device. Raises ExpertLoadError."""
+    try:
+        parsed = torch.device(device)
+        torch.empty(0, device=parsed)
+    except (RuntimeError, AssertionError) as error:
+        raise ExpertLoadError(f"device: {device!r} is not available: {str(error).splitlines()[0]}") from error
+    return parsed
+
+
+def context_limit(network: Any) -> int | None:
+    """Positions the model knows, None when it does not say."""
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def _source(model: str | Path) -> str:
+    source = str(Path(model).expanduser()) if isinstance(model, Path) else model
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path)
+    # A hub id is "name" or "owner/name"; anything else was meant as a directory.
+    if isinstance(model, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ExpertLoadError(f"model: {source} is not a directory")
+    return source
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    if dtype not in _DTYPES:
+        raise ExpertLoadError(f"dtype: {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Emulated bfloat16 is several times slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
