@@ -26,7 +26,7 @@ EXPERT_NAME = r"[a-z0-9][a-z0-9_.-]*"
 DEMO_SCHEME = "demo:"
 DEFAULT_LISTEN = "127.0.0.1:50061"
 # A hub id is "name" or "owner/name"; anything else is meant as a directory.
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 

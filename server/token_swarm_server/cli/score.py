@@ -51,7 +51,7 @@ def score(
         raise CliError("--per-byte: is for --json only")
     request = swarm_pb2.ScoreRequest(
         prompt=options.read_text("--prompt", prompt),
-        text=options.read_text("--text", text, text_file),
+        text=options.read_text("--text-file" if text_file else "--text", text, text_file),
         chat=chat,
         per_byte=per_byte,
         **options.mixing_fields(weights, particle, rule, unit),

@@ -1,0 +1,185 @@
+"""The command line refuses bad input in one line, and starts fast."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from token_swarm_server.cli import app
+from token_swarm_server.cli.client import plain
+from typer.testing import CliRunner
+
+from token_swarm.particle import Mixture, Particle, Rule
+from token_swarm.v1 import swarm_pb2
+
+COMMANDS = ("demo", "serve", "generate", "score", "expert", "particles", "doctor")
+
+
+def run(*arguments: str, stdin: bytes | None = None):
+    return CliRunner().invoke(app, arguments, input=stdin)
+
+
+def refused(*arguments: str, stdin: bytes | None = None, code: int = 2) -> str:
+    """The error line of a command that must fail with `code`."""
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"token-swarm {command}" in result.stdout
+
+
+BAD = {
+    "unknown command": (["generat"], ["generat"]),
+    "unknown flag": (["generate", "--promt", "x"], ["--promt"]),
+    "not a number": (
+        ["generate", "--prompt", "x", "--temperature", "warm"],
+        ["--temperature", "valid number"],
+    ),
+    "max_bytes 0": (
+        ["generate", "--prompt", "x", "--max-bytes", "0"],
+        ["--max-bytes", "greater than or equal to 1"],
+    ),
+    "top_k 0": (["generate", "--prompt", "x", "--top-k", "0"], ["--top-k", "greater than or equal to 1"]),
+    "seed": (["generate", "--prompt", "x", "--seed", "-1"], ["--seed", "greater than or equal to 0"]),
+    "rule": (["generate", "--prompt", "x", "--rule", "max"], ["--rule", "linear", "log-linear"]),
+    "unit": (["score", "--text", "x", "--unit", "word"], ["--unit", "token", "byte"]),
+    "rule alone": (["generate", "--prompt", "x", "--rule", "linear"], ["--rule", "--weights"]),
+    "weights form": (
+        ["generate", "--prompt", "x", "--weights", "a:1"],
+        ["--weights", "'a:1'", "NAME=NUMBER"],
+    ),
+    "weights number": (["generate", "--prompt", "x", "--weights", "a=b"], ["--weights", "'a=b'"]),
+    "weights empty": (["generate", "--prompt", "x", "--weights", ""], ["--weights", "NAME=NUMBER"]),
+    "weights twice": (
+        ["generate", "--prompt", "x", "--weights", "a=1,a=2"],
+        ["--weights", "a is given twice"],
+    ),
+    "weights nan": (["generate", "--prompt", "x", "--weights", "a=nan"], ["weights[a]", "finite"]),
+    "weights zero": (["generate", "--prompt", "x", "--weights", "a=0,b=0"], ["weights", "not 0"]),
+    "negative under linear": (
+        ["generate", "--prompt", "x", "--weights", "a=-1,b=2", "--rule", "linear"],
+        ["weights[a]", "-1", ">= 0"],
+    ),
+    "particle and weights": (
+        ["score", "--text", "x", "--particle", "p", "--weights", "a=1"],
+        ["--particle", "leave out --weights"],
+    ),
+    "invalid UTF-8 prompt": (
+        ["generate", "--prompt", "a\udcff"],
+        ["--prompt", "not valid UTF-8 at character 1"],
+    ),
+    "missing text": (["score", "--text-file", "/no/file"], ["--text-file", "/no/file", "No such file"]),
+    "two texts": (["score", "--text", "x", "--text-file", "y"], ["--text-file", "not both"]),
+    "per byte": (["score", "--text", "x", "--per-byte"], ["--per-byte", "--json"]),
+    "config and address": (
+        ["generate", "--prompt", "x", "--config", "c.yaml", "--address", "localhost:1"],
+        ["--address", "--config"],
+    ),
+    "missing config": (["serve", "--config", "/no/config.yaml"], ["/no/config.yaml", "No such file"]),
+    "expert name": (["expert", "Big", "--model", "m"], ["NAME", "'Big'", "[a-z0-9]"]),
+    "expert dtype": (["expert", "a", "--model", "m", "--dtype", "int4"], ["--dtype", "'int4'", "'bfloat16'"]),
+    "expert backend": (["expert", "a", "--model", "m", "--backend", "x"], ["--backend", "'transformers'"]),
+    "expert model": (["expert", "a", "--model", "/no/model"], ["/no/model is not a directory"]),
+    "particle file": (["particles", "show", "/no/file.json"], ["/no/file.json", "No such file"]),
+    "particle folder": (["particles", "--dir", "/no/folder"], ["/no/folder", "existing folder"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "parts"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(arguments, parts):
+    line = refused(*arguments)
+    for part in parts:
+        assert part in line
+
+
+def test_input_that_is_not_text_is_refused():
+    assert "standard input is not valid UTF-8 at byte 2" in refused("generate", stdin=b"ab\xff")
+
+
+@pytest.mark.parametrize(
+    "config", ["windwo: 1", "experts: {a: {model: /no/model}}", "experts: {a: {model: demo:x}}"]
+)
+def test_a_bad_configuration_starts_nothing(tmp_path, config):
+    (tmp_path / "c.yaml").write_text(config)
+    code = 2 if "demo" not in config else 1
+    for command in (["serve"], ["generate", "--prompt", "x"], ["score", "--text", "x"]):
+        refused(*command, "--config", str(tmp_path / "c.yaml"), code=code)
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "x"], ["score", "--text", "x"], ["particles"]], ids=lambda c: c[0]
+)
+def test_a_server_that_is_not_there_is_exit_code_1_and_says_how_to_start_one(command, tmp_path):
+    line = refused(*command, "--address", f"unix:{tmp_path}/none.sock", code=1)
+    assert "no server answers" in line
+    assert "token-swarm serve --config" in line
+
+
+def test_an_error_shows_no_terminal_sequences(tmp_path):
+    assert "\\x1b[31m" in refused("particles", "show", str(tmp_path / "a\x1b[31mb"))
+
+
+def test_particles_of_a_folder(tmp_path):
+    particle = Particle("p", Mixture({"a": 0.25, "b": -1.0}, Rule.LOG_LINEAR, {"a": 0.5}), utility="accuracy")
+    particle.save(tmp_path / "p.json")
+    listed = json.loads(run("particles", "--dir", str(tmp_path), "--json").stdout)["particles"]
+    assert [each["name"] for each in listed] == ["p"]
+    assert listed[0]["mixture"]["rule"] == "log_linear"
+    assert listed[0]["mixture"]["weights"][1] == {"expert": "b", "weight": -1.0, "temperature": None}
+    assert "a=0.25, b=-1" in run("particles", "--dir", str(tmp_path)).stdout
+    assert run("particles", "show", str(tmp_path / "p.json")).stdout == particle.to_json()
+
+
+def test_a_particle_that_is_wrong_is_explained(tmp_path):
+    (tmp_path / "p.json").write_text('{"schema_version": 1, "name": "p", "rule": "max"}')
+    assert "p.json: rule: 'max'" in refused("particles", "show", str(tmp_path / "p.json"))
+
+
+def test_json_of_a_message_keeps_numbers_numbers():
+    finish = swarm_pb2.Finish(
+        reason=swarm_pb2.FINISH_REASON_MAX_BYTES,
+        bytes=2**40,
+        unit=swarm_pb2.UNIT_BYTE,
+        experts=[swarm_pb2.ExpertUsage(expert="a", tokens=3)],
+        timings=swarm_pb2.Timings(total_seconds=0.5),
+    )
+    document = plain(finish)
+    assert document["reason"] == "max_bytes"
+    assert document["unit"] == "byte"
+    assert document["bytes"] == 2**40
+    assert document["seed"] is None
+    assert document["experts"][0]["tokens"] == 3
+    assert document["timings"]["first_byte_seconds"] is None
+    json.dumps(document)
+
+
+def test_doctor_reports_on_an_empty_cache(tmp_path):
+    findings = json.loads(run("doctor", "--cache", str(tmp_path), "--json").stdout)
+    assert findings["demo:smollm2"].startswith("not fetched yet")
+    assert findings["cores"] >= 1
+    assert findings["torch"][0].isdigit()
+
+
+def test_the_command_line_loads_no_model_library():
+    code = "import sys, token_swarm_server.cli, token_swarm_server.cli.client; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "numpy"} & set(done.stdout.split())
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "token_swarm_server.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    assert "Usage: token-swarm" in done.stdout

@@ -1,0 +1,161 @@
+"""One configuration out of a file, the environment and flags; one line for everything that is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from token_swarm_server.config import ConfigError, ExpertSettings, load_settings
+
+from token_swarm.mixing.byte_unit import DEFAULT_EPSILON, DEFAULT_WINDOW
+from token_swarm.particle import Particle
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = "experts:\n  one:\n    model: demo:smollm2\n"
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch):
+    for name in [name for name in os.environ if name.upper().startswith("TOKEN_SWARM_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text: str, **overrides):
+        path = tmp_path / "swarm.yaml"
+        path.write_text(text)
+        return load_settings(path, **overrides)
+
+    return load
+
+
+def test_defaults_are_those_of_the_library(load):
+    coordinator = load(MINIMAL).coordinator
+    assert (coordinator.epsilon, coordinator.window) == (DEFAULT_EPSILON, DEFAULT_WINDOW)
+
+
+def test_flags_override_the_environment_which_overrides_the_file(load, monkeypatch):
+    text = MINIMAL + "coordinator: {epsilon: 0.1, window: 3, max_queue: 7}\n"
+    monkeypatch.setenv("TOKEN_SWARM_COORDINATOR__WINDOW", "4")
+    monkeypatch.setenv("TOKEN_SWARM_COORDINATOR__MAX_QUEUE", "8")
+    coordinator = load(text, coordinator={"max_queue": 9}).coordinator
+    assert (coordinator.epsilon, coordinator.window, coordinator.max_queue) == (0.1, 4, 9)
+
+
+def test_the_environment_reaches_one_key_of_one_expert(load, monkeypatch):
+    monkeypatch.setenv("TOKEN_SWARM_EXPERTS__ONE__THREADS", "3")
+    monkeypatch.setenv("TOKEN_SWARM_COORDINATOR__WINDOW", "null")
+    settings = load(MINIMAL)
+    assert settings.experts == {"one": ExpertSettings(model="demo:smollm2", threads=3)}
+    assert settings.coordinator.window is None
+
+
+def test_paths_are_relative_to_the_file_and_hub_ids_are_left_alone(load, tmp_path):
+    (tmp_path / "local").mkdir()
+    settings = load(
+        "experts:\n"
+        "  a: {model: local}\n"
+        "  b: {model: ./missing, python: venv/bin/python}\n"
+        "  c: {model: owner/name}\n"
+        "  d: {model: /absolute}\n"
+        "  e: {address: '127.0.0.1:1'}\n"
+        "coordinator: {particles: here}\n"
+    )
+    models = {name: expert.model for name, expert in settings.experts.items()}
+    assert models == {
+        "a": str(tmp_path / "local"),
+        "b": str(tmp_path / "missing"),
+        "c": "owner/name",
+        "d": "/absolute",
+        "e": None,
+    }
+    assert settings.experts["b"].python == tmp_path / "venv/bin/python"
+    assert settings.coordinator.particles == tmp_path / "here"
+    assert set(settings.local_experts()) == {"a", "b", "c", "d"}
+
+
+BAD = {
+    "unknown key": ("expert: {}\n" + MINIMAL, ["expert: unknown key", "experts, coordinator, cache"]),
+    "unknown key of an expert": (
+        "experts: {one: {model: m, treads: 1}}",
+        ["experts.one.treads: unknown key", "model, backend, device", "threads"],
+    ),
+    "unknown key of the coordinator": (
+        MINIMAL + "coordinator: {windwo: 1}",
+        ["coordinator.windwo: unknown key", "epsilon, window"],
+    ),
+    "no experts": ("cache: x", ["experts: at least one expert"]),
+    "empty experts": ("experts: {}", ["experts: at least one expert"]),
+    "empty file": ("", ["experts: at least one expert"]),
+    "bad name": ("experts: {One: {model: m}}", ["experts.One: not a valid expert name", "[a-z0-9]"]),
+    "no model": ("experts: {one: {}}", ["experts.one: give model", "address"]),
+    "dtype": ("experts: {one: {model: m, dtype: int8}}", ["experts.one.dtype", "'bfloat16'", "'int8'"]),
+    "threads": (
+        "experts: {one: {model: m, threads: 0}}",
+        ["experts.one.threads", "greater than or equal to 1"],
+    ),
+    "weights name no expert": (
+        MINIMAL + "coordinator: {weights: {two: 1}}",
+        ["coordinator.weights.two: there is no such expert; known: one"],
+    ),
+    "weights are all zero": (MINIMAL + "coordinator: {weights: {one: 0}}", ["coordinator.weights", "not 0"]),
+    "weight is no number": (
+        MINIMAL + "coordinator: {weights: {one: .nan}}",
+        ["coordinator.weights[one]", "finite"],
+    ),
+    "negative under linear": (
+        MINIMAL + "coordinator: {rule: linear, weights: {one: -1}}",
+        ["coordinator.weights[one]", ">= 0"],
+    ),
+    "listen on the network": (
+        MINIMAL + "coordinator: {listen: '0.0.0.0:1'}",
+        ["coordinator.listen", "127.0.0.1"],
+    ),
+    "listen port": (MINIMAL + "coordinator: {listen: '127.0.0.1:70000'}", ["coordinator.listen", "port"]),
+    "listen socket": (
+        MINIMAL + "coordinator: {listen: 'unix:relative'}",
+        ["coordinator.listen", "unix:/absolute"],
+    ),
+    "epsilon": (MINIMAL + "coordinator: {epsilon: 1}", ["coordinator.epsilon", "less than 1"]),
+    "twice": (MINIMAL + "  one: {model: other}\n", ["line 4", "'one' is given twice"]),
+    "not YAML": ("experts: [", ["line 1", "not valid YAML"]),
+    "not a mapping": ("- experts", ["must be a mapping", "experts, coordinator, cache"]),
+}
+
+
+@pytest.mark.parametrize(("text", "parts"), BAD.values(), ids=BAD.keys())
+def test_what_is_wrong_is_said_in_one_line(load, tmp_path, text, parts):
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    message = str(caught.value)
+    assert message.startswith(f"config {tmp_path}/swarm.yaml:")
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"config .*/none\.yaml: cannot be read: No such file"):
+        load_settings(tmp_path / "none.yaml")
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"experts:\n\xff")
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 9"):
+        load_settings(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("name", ["TOKEN_SWARM_COORDINATR__WINDOW", "TOKEN_SWARM_LISTEN"])
+def test_an_unknown_variable_is_refused(load, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"environment: {name}: unknown; allowed: TOKEN_SWARM_EXPERTS"):
+        load(MINIMAL)
+
+
+def test_the_example_is_valid_and_its_particle_fits_it():
+    settings = load_settings(ROOT / "examples" / "demo.yaml")
+    particle = Particle.load(ROOT / "examples" / "particles" / "uniform.json")
+    particle.mixture.require_known(settings.experts)
+    assert settings.coordinator.particles == ROOT / "examples" / "particles"

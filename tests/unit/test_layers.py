@@ -1,0 +1,123 @@
+"""The layers of the code: an import goes only downward, and a module stays small enough to read."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# From top to bottom. A module belongs to the first entry that its dotted name starts with.
+LAYERS = (
+    ("token_swarm_server",),
+    ("token_swarm.search",),
+    ("token_swarm.decoding",),
+    ("token_swarm.mixing",),
+    ("token_swarm.experts",),
+    ("token_swarm.kernels",),
+    ("token_swarm.vocabulary", "token_swarm.particle"),
+    ("token_swarm.errors",),
+    # Generated; only the server speaks it.
+    ("token_swarm.v1",),
+    ("token_swarm",),
+)
+GENERATED = "token_swarm.v1"
+MAX_LINES = 400
+
+
+def layer_of(module: str) -> int | None:
+    """Index in LAYERS, None for a module that is not ours."""
+    for index, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return index
+    return None
+
+
+def own_modules() -> dict[str, Path]:
+    found = {}
+    for base in (ROOT, ROOT / "server"):
+        for path in (base / ("token_swarm" if base == ROOT else "token_swarm_server")).rglob("*.py"):
+            parts = path.relative_to(base).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(source: str) -> set[str]:
+    """Every module that `source` imports, also inside functions and for type checking."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                names.add("." * node.level)
+            else:
+                # `from token_swarm import errors` names a module, `from token_swarm.errors import X` does not.
+                names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What `source`, as the contents of `module`, imports that it may not."""
+    own = layer_of(module)
+    assert own is not None
+    in_library = not module.startswith("token_swarm_server")
+    wrong = []
+    for name in sorted(imported(source)):
+        layer = layer_of(name)
+        if name.startswith("."):
+            wrong.append(f"{module}: a relative import hides its layer")
+        elif layer is not None and layer < own:
+            wrong.append(f"{module} imports {name}, which is above it")
+        elif in_library and name.split(".")[0] in ("grpc", "grpc_health", "grpc_status", "grpc_reflection"):
+            wrong.append(f"{module} imports {name}: only the server does network I/O")
+        elif in_library and name.startswith(GENERATED):
+            wrong.append(f"{module} imports {name}: only the server speaks protobuf")
+    return wrong
+
+
+HAND_WRITTEN = {name: path for name, path in own_modules().items() if not name.startswith(f"{GENERATED}.")}
+
+
+@pytest.mark.parametrize("module", sorted(HAND_WRITTEN))
+def test_imports_go_downward(module):
+    assert violations(module, HAND_WRITTEN[module].read_text()) == []
+
+
+@pytest.mark.parametrize("module", sorted(HAND_WRITTEN))
+def test_a_module_stays_readable(module):
+    lines = len(HAND_WRITTEN[module].read_text().splitlines())
+    assert lines <= MAX_LINES, f"{module} has {lines} lines: split it"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("token_swarm.mixing.groups", "from token_swarm.decoding.decoder import Decoder"),
+        ("token_swarm.mixing.groups", "from token_swarm import decoding"),
+        ("token_swarm.kernels.eager", "import token_swarm.experts.contract"),
+        ("token_swarm.errors", "from token_swarm.vocabulary import Vocabulary"),
+        ("token_swarm.decoding.score", "def late():\n    from token_swarm_server.wire import ops_to_proto"),
+        ("token_swarm.decoding.score", "import grpc"),
+        ("token_swarm.experts.toy", "from grpc.aio import Channel"),
+        ("token_swarm.experts.toy", "from token_swarm.v1 import expert_pb2"),
+        ("token_swarm.experts.toy", "from . import contract"),
+    ],
+)
+def test_an_upward_import_is_found(module, line):
+    assert len(violations(module, line)) == 1
+
+
+def test_downward_imports_are_allowed():
+    lines = (
+        "import grpc",
+        "from token_swarm.errors import BadParameter",
+        "from token_swarm.v1 import swarm_pb2",
+    )
+    assert violations("token_swarm_server.service", "\n".join(lines)) == []
+
+
+def test_every_module_is_looked_at():
+    assert {"token_swarm", "token_swarm.errors", "token_swarm_server.cli.serve"} <= HAND_WRITTEN.keys()
+    assert all(layer_of(module) is not None for module in HAND_WRITTEN)
