@@ -1,0 +1,59 @@
+# Everything a checkout needs; `make help` lists it.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A name on the PATH may be a shim that fails when it is run, or a Python without venv.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$python"; break; }; done)
+OWN := token_swarm server tests $(wildcard bench)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types experts proto clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## Make the virtual environment with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; give one: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## Write a text with two small models as one (fetches them the first time)
+	$(BIN)/token-swarm demo
+
+test: lint types experts ## Lint, check types and protos, run every test with the real experts
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Lint code and protos
+	$(BIN)/ruff check .
+	$(BIN)/buf lint
+
+types: $(STAMP) ## Check types
+	$(BIN)/mypy token_swarm server
+
+experts: $(STAMP) ## Fetch and convert the demo experts
+	@$(BIN)/python -c 'from pathlib import Path; from rich.console import Console; \
+	from token_swarm_server.demo_experts import ensure_demo_experts; \
+	ensure_demo_experts(Path(".cache"), console=Console())'
+
+# An older protoc than the one we run with: generated code demands at least the runtime it was made by.
+proto: $(STAMP) .venv-proto/.installed ## Generate token_swarm/v1 from protos/
+	.venv-proto/bin/python -m grpc_tools.protoc --proto_path=protos \
+		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+		--python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/token_swarm/v1/*.proto
+
+.venv-proto/.installed:
+	$(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip install --disable-pip-version-check grpcio-tools==1.76.0 'setuptools<81'
+	touch $@
+
+clean: ## Remove what tools leave behind; models and virtual environments stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find $(OWN) -name __pycache__ -type d -exec rm -rf {} +
