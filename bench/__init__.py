@@ -1,0 +1,1 @@
+"""Benchmarks: each module prints a comparison of its own, `python -m bench.NAME --help`."""

@@ -1,0 +1,67 @@
+"""Packed linear layers give what `nn.Linear` gives, for every number of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from token_swarm.experts.cpu_linear import CpuLinear, holds_in_half_precision, pack_linears
+
+
+def linear(*, bias: bool, half: bool) -> nn.Linear:
+    torch.manual_seed(1)
+    layer = nn.Linear(96, 200, bias=bias)
+    return layer.half().float() if half else layer
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("half", [True, False], ids=["float16 weights", "float32 weights"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_plain_layer(bias, half, threads):
+    plain = linear(bias=bias, half=half)
+    packed = CpuLinear(plain, threads)
+    with torch.inference_mode():
+        for rows in (0, 1, 2, 3, 8, 31, 32, 33, 100):
+            inputs = torch.randn(1, rows, 96)
+            found, expected = packed(inputs), plain(inputs)
+            assert found.shape == (1, rows, 200)
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="this torch build has no FBGEMM"
+)
+def test_half_precision_is_used_only_where_it_is_exact():
+    assert CpuLinear(linear(bias=True, half=True), 1)._one_row is not None
+    assert CpuLinear(linear(bias=True, half=False), 1)._one_row is None
+
+
+def test_what_half_precision_holds():
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(2000, 64)
+    assert holds_in_half_precision(weight.half().float())
+    assert holds_in_half_precision(weight.bfloat16().float())
+    assert holds_in_half_precision(torch.zeros(4, 4))
+    assert not holds_in_half_precision(weight)
+    assert not holds_in_half_precision(1e6 * weight.half().float())
+    assert not holds_in_half_precision(1e-5 * weight.bfloat16().float())
+
+
+def test_packing_keeps_tied_weights_tied_and_other_layers_alone():
+    model = nn.Sequential(nn.Embedding(50, 8), nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 50)))
+    model[2][0].weight = model[0].weight
+    inputs = torch.randint(0, 50, (3,))
+    with torch.inference_mode():
+        expected = model(inputs)
+        pack_linears(model, 1)
+        torch.testing.assert_close(model(inputs), expected)
+    assert isinstance(model[2][0], CpuLinear)
+    assert model[2][0].weight is model[0].weight
+    assert isinstance(model[1], nn.LayerNorm)
+
+
+def test_other_dtypes_stay_plain():
+    model = nn.Sequential(nn.Linear(8, 8).bfloat16())
+    pack_linears(model, 1)
+    assert type(model[0]) is nn.Linear
