@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ BAD = {
     "top_k 0": (["generate", "--prompt", "x", "--top-k", "0"], ["--top-k", "greater than or equal to 1"]),
     "seed": (["generate", "--prompt", "x", "--seed", "-1"], ["--seed", "greater than or equal to 0"]),
     "rule": (["generate", "--prompt", "x", "--rule", "max"], ["--rule", "linear", "log-linear"]),
-    "unit": (["score", "--text", "x", "--unit", "word"], ["--unit", "token", "byte"]),
+    "unit": (["generate", "--prompt", "x", "--unit", "word"], ["--unit", "token", "byte"]),
     "rule alone": (["generate", "--prompt", "x", "--rule", "linear"], ["--rule", "--weights"]),
     "weights form": (
         ["generate", "--prompt", "x", "--weights", "a:1"],
@@ -126,6 +127,18 @@ def test_a_server_that_is_not_there_is_exit_code_1_and_says_how_to_start_one(com
     line = refused(*command, "--address", f"unix:{tmp_path}/none.sock", code=1)
     assert "no server answers" in line
     assert "token-swarm serve --config" in line
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["port", "socket"])
+def test_an_address_in_use_is_refused_before_anything_starts(tmp_path, family):
+    with socket.socket(family) as taken:
+        taken.bind(("127.0.0.1", 0) if family is socket.AF_INET else str(tmp_path / "s"))
+        taken.listen()
+        name = taken.getsockname()
+        listen = f"unix:{name}" if family is socket.AF_UNIX else f"127.0.0.1:{name[1]}"
+        (tmp_path / "c.yaml").write_text("experts: {a: {model: /no/model}}")
+        line = refused("serve", "--config", str(tmp_path / "c.yaml"), "--listen", listen)
+    assert f"coordinator.listen: {listen} is in use" in line
 
 
 def test_an_error_shows_no_terminal_sequences(tmp_path):

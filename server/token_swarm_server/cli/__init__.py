@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from token_swarm_server.cli.demo import demo
@@ -29,4 +31,6 @@ app.add_typer(particles, name="particles")
 
 def main() -> None:
     """Entry point of the console script."""
+    # grpc's own log repeats, in its words, what the commands report.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     app(prog_name="token-swarm")

@@ -58,7 +58,8 @@ def generate(
         max_tokens=max_tokens,
         stop=[options.read_text("--stop", each) for each in stop or ()],
         epsilon=epsilon,
-        **options.mixing_fields(weights, particle, rule, unit),
+        unit=swarm_pb2.Unit.Value(f"UNIT_{unit.name}"),
+        **options.mixing_fields(weights, particle, rule),
     )
     pieces: list[str] = []
 
@@ -90,8 +91,10 @@ def print_json(text: str, finish: swarm_pb2.Finish) -> None:
 
 def print_summary(finish: swarm_pb2.Finish) -> None:
     """The table of what each expert did; the text before it ends its line first, where a person reads it."""
-    from token_swarm_server.cli.report import finish_table
+    from token_swarm_server.cli.report import finish_line, finish_table
 
     if sys.stdout.isatty():
         print(flush=True)
-    session.stderr_console().print(finish_table(finish))
+    console = session.stderr_console()
+    console.print(finish_line(finish), soft_wrap=True, highlight=False)
+    console.print(finish_table(finish))

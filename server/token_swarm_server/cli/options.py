@@ -68,13 +68,11 @@ def parse_weights(text: str, rule: Rule) -> Mixture:
     return Mixture(weights, rule)
 
 
-def mixing_fields(
-    weights: str | None, particle: str | None, rule: RuleName | None, unit: UnitName
-) -> dict[str, Any]:
+def mixing_fields(weights: str | None, particle: str | None, rule: RuleName | None) -> dict[str, Any]:
     """Fields of a GenerateRequest or ScoreRequest that say how to mix. Raises CliError."""
     from token_swarm.v1 import swarm_pb2
 
-    fields: dict[str, Any] = {"unit": swarm_pb2.Unit.Value(f"UNIT_{unit.name}")}
+    fields: dict[str, Any] = {}
     if particle is not None and (weights is not None or rule is not None):
         raise CliError(
             "--particle: a particle has weights and a rule of its own; leave out --weights and --rule"

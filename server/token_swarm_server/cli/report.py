@@ -16,8 +16,8 @@ _UNITS = swarm_pb2.Unit.DESCRIPTOR
 _RULES = swarm_pb2.Rule.DESCRIPTOR
 
 
-def _table(first: str, *numbers: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(first: str, *numbers: str) -> Table:
+    table = Table()
     table.add_column(first)
     for number in numbers:
         table.add_column(number, justify="right")
@@ -40,19 +40,23 @@ def experts_table(experts: Iterable[swarm_pb2.ExpertInfo]) -> Table:
     return table
 
 
+def finish_line(finish: swarm_pb2.Finish) -> str:
+    """How a text ended, and where its time went."""
+    timings = finish.timings
+    parts = [f"{finish.bytes} bytes in {timings.total_seconds:.2f} s"]
+    if timings.HasField("first_byte_seconds"):
+        parts.append(f"first after {timings.first_byte_seconds:.2f} s")
+    parts.append(f"unit {enum_name(_UNITS, finish.unit)}")
+    parts.append(f"finish {enum_name(_REASONS, finish.reason)}")
+    parts.append(f"seed {finish.seed}" if finish.HasField("seed") else "greedy")
+    parts.append(f"certificate {finish.certificate:.2g}")
+    return ", ".join(parts)
+
+
 def finish_table(finish: swarm_pb2.Finish) -> Table:
     """What each expert did for a text, and how long a byte and one of its tokens took."""
     seconds = finish.timings.total_seconds
-    first = (
-        f"{finish.timings.first_byte_seconds:.2f} s" if finish.timings.HasField("first_byte_seconds") else "-"
-    )
-    title = (
-        f"{finish.bytes} bytes in {seconds:.2f} s (first after {first}), unit {enum_name(_UNITS, finish.unit)}, "
-        f"finish {enum_name(_REASONS, finish.reason)}, "
-        + (f"seed {finish.seed}, " if finish.HasField("seed") else "greedy, ")
-        + f"certificate {finish.certificate:.2g}"
-    )
-    table = _table("expert", "share", "tokens", "forwards", "wasted", "ms/byte", "ms/token", title=title)
+    table = _table("expert", "share", "tokens", "forwards", "wasted", "ms/byte", "ms/token")
     for use in finish.experts:
         table.add_row(
             use.expert,
@@ -72,13 +76,7 @@ def _milliseconds(seconds: float, count: int) -> str:
 
 def score_table(report: Mapping[str, Any]) -> Table:
     """Bits per byte of a text under the ensemble and under each expert."""
-    table = _table(
-        "model",
-        "bits/byte",
-        "bits/byte of its tokens",
-        "tokens",
-        title=f"{report['bytes']} bytes (lower is better)",
-    )
+    table = _table("model", "bits/byte", "of its tokens", "tokens")
     table.add_row("ensemble", f"{report['bits_per_byte']['ensemble']:.4f}", "", "")
     for name, bits in report["bits_per_byte"]["experts"].items():
         own = report["token_level"]["experts"][name]

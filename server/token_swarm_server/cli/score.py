@@ -26,7 +26,6 @@ def score(
     weights: options.Weights = None,
     particle: options.ParticleName = None,
     rule: options.RuleOption = None,
-    unit: options.UnitOption = options.UnitName.AUTO,
     per_byte: Annotated[
         bool, typer.Option("--per-byte", help="Bits of every byte as well (--json).")
     ] = False,
@@ -54,7 +53,7 @@ def score(
         text=options.read_text("--text-file" if text_file else "--text", text, text_file),
         chat=chat,
         per_byte=per_byte,
-        **options.mixing_fields(weights, particle, rule, unit),
+        **options.mixing_fields(weights, particle, rule),
     )
 
     async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> Any:
@@ -72,7 +71,7 @@ def score(
 
 
 def _report(response: swarm_pb2.ScoreResponse, *, per_byte: bool) -> dict[str, Any]:
-    """The answer in bits. token_level: log-probability of the expert's own tokens, per byte of text."""
+    """The answer in bits. token_level: of the expert's own tokens. retired: probability that was left out."""
 
     def bits(nats: float) -> float:
         return -nats / (math.log(2) * response.bytes)
@@ -85,7 +84,7 @@ def _report(response: swarm_pb2.ScoreResponse, *, per_byte: bool) -> dict[str, A
         },
         "token_level": {"experts": {each.expert: bits(each.token_log_prob) for each in response.experts}},
         "tokens": {each.expert: each.tokens for each in response.experts},
-        "certificate": response.certificate,
+        "retired": response.retired,
     }
     if per_byte:
         report["per_byte"] = {

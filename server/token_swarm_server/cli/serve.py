@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from token_swarm_server.cli import session
+from token_swarm_server.cli.errors import CliError
 from token_swarm_server.config import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -31,9 +33,26 @@ def serve(
       TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve --config examples/demo.yaml
     """
     settings = load_settings(config, **({"coordinator": {"listen": listen}} if listen else {}))
+    _require_free(settings.coordinator.listen)
     console = session.stderr_console()
     models = session.ready_models(settings, console)
     session.run(_serve(settings, models, console))
+
+
+def _require_free(listen: str) -> None:
+    """Report an address in use before the experts are loaded; the coordinator would do so after."""
+    if listen.startswith("unix:"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            taken = probe.connect_ex(listen.removeprefix("unix:")) == 0
+    else:
+        host, _, port = listen.rpartition(":")
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        with socket.socket(family) as probe:
+            taken = int(port) != 0 and probe.connect_ex((host.strip("[]"), int(port))) == 0
+    if taken:
+        raise CliError(
+            f"coordinator.listen: {listen} is in use; give another address, or port 0 for any free one"
+        )
 
 
 async def _serve(settings: Settings, models: dict[str, str], console: Console) -> None:
