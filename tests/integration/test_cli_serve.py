@@ -1,0 +1,160 @@
+"""`token-swarm serve` and its clients as real processes, with models of a few kilobytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CLI = (sys.executable, "-m", "token_swarm_server.cli")
+
+
+def save_model(directory: Path, vocabulary: int) -> None:
+    """A causal language model; another size of the vocabulary gives other tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<end>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["the cat sat on the mat and the rat ate the hat"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("swarm")
+    save_model(folder / "one", 270)
+    save_model(folder / "two", 285)
+    particle = {
+        "schema_version": 1,
+        "name": "mostly-one",
+        "rule": "linear",
+        "weights": {"one": 0.9, "two": 0.1},
+    }
+    (folder / "particles").mkdir()
+    (folder / "particles" / "p.json").write_text(json.dumps(particle))
+    path = folder / "swarm.yaml"
+    path.write_text(
+        "experts: {one: {model: ./one}, two: {model: ./two}}\n"
+        f"coordinator: {{listen: 'unix:{folder}/s', particles: particles}}\ncache: {folder}/cache\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(config):
+    """A running `token-swarm serve`; afterwards SIGTERM has stopped it and its experts."""
+    with subprocess.Popen(
+        [*CLI, "serve", "--config", str(config)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("serving on "):
+                break
+        assert process.poll() is None, lines
+        experts = psutil.Process(process.pid).children()
+        assert len(experts) == 2
+        yield f"unix:{config.parent}/s"
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+        assert process.wait(60) == 0
+        assert not any(expert.is_running() for expert in experts)
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Text as it was written: text mode would turn a carriage return of the model into a newline."""
+    done = subprocess.run([*CLI, *arguments], capture_output=True, input=stdin.encode(), timeout=500)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def test_generate_streams_the_text_and_reports_beside_it(server):
+    flags = ("generate", "--prompt", "the cat", "--max-bytes", "12", "--seed", "5", "--address", server)
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "unit byte, finish" in done.stderr
+    document = json.loads(run(*flags, "--json").stdout)
+    assert document["text"] == done.stdout
+    assert 0 < document["bytes"] <= 12
+    assert document["seed"] == 5
+    assert {use["expert"] for use in document["experts"]} == {"one", "two"}
+
+
+def test_generate_takes_a_prompt_from_a_pipe_and_a_particle(server):
+    flags = ("--max-tokens", "3", "--temperature", "0", "--json", "--address", server)
+    piped = json.loads(run("generate", "--particle", "mostly-one", *flags, stdin="the cat").stdout)
+    given = run("generate", "--weights", "one=0.9,two=0.1", "--rule", "linear", "--prompt", "the cat", *flags)
+    assert piped["text"] == json.loads(given.stdout)["text"]
+
+
+def test_score_reports_bits_per_byte(server):
+    text = "the cat sat on the mat"
+    report = json.loads(run("score", "--text", text, "--json", "--per-byte", "--address", server).stdout)
+    assert report["bytes"] == len(text)
+    assert set(report["bits_per_byte"]["experts"]) == set(report["tokens"]) == {"one", "two"}
+    assert sum(report["per_byte"]["ensemble"]) == pytest.approx(
+        report["bits_per_byte"]["ensemble"] * len(text)
+    )
+    # The byte law adds tokenizations to the canonical one, so it is never the longer code.
+    for name, bits in report["bits_per_byte"]["experts"].items():
+        assert bits <= report["token_level"]["experts"][name] + 1e-9
+    assert "ensemble" in run("score", "--text", text, "--address", server).stdout
+
+
+def test_particles_are_listed(server):
+    listed = json.loads(run("particles", "--json", "--address", server).stdout)["particles"]
+    assert [each["name"] for each in listed] == ["mostly-one"]
+
+
+BAD = {
+    "empty prompt": (["generate", "--prompt", ""], "prompt"),
+    "unknown expert": (["generate", "--prompt", "x", "--weights", "three=1"], "'three'; known: one, two"),
+    "unknown particle": (["score", "--text", "x", "--particle", "p"], "'p'; known: mostly-one"),
+    "temperature": (["generate", "--prompt", "x", "--temperature", "-1"], "temperature: -1.0"),
+    "top_p": (["generate", "--prompt", "x", "--top-p", "nan"], "top_p: nan"),
+    "epsilon": (["generate", "--prompt", "x", "--epsilon", "1"], "epsilon: 1.0"),
+    "empty text": (["score", "--text", ""], "text"),
+    "long prompt": (["generate", "--prompt", "x" * 5000], "context"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD.values(), ids=BAD.keys())
+def test_what_the_server_refuses_is_one_line_and_exit_code_2(server, arguments, said):
+    done = run(*arguments, "--address", server)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_a_taken_address_is_refused_at_once(server, config):
+    done = run("serve", "--config", str(config))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: coordinator.listen: {server} is in use")
+
+
+def test_generate_can_start_a_server_of_its_own(config):
+    done = run(
+        "generate", "--config", str(config), "--prompt", "the cat", "--max-bytes", "8", "--temperature", "0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert "Traceback" not in done.stderr
