@@ -32,6 +32,41 @@ _OPTIONS = (
 )
 
 
+class CoordinatorServer:
+    """The public server over one engine, from `start` to `stop`."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        """Raises BadParameter for particles and default weights that cannot be used."""
+        particles = ParticleStore.load(settings.coordinator.particles)
+        self.address = settings.coordinator.listen
+        self._engine = engine
+        self._service = SwarmService(engine, particles, _defaults(settings, engine))
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[MalformedRequests()])
+        swarm_pb2_grpc.add_SwarmServiceServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> None:
+        """Listen; `address` then holds the port that was chosen. Raises BadParameter if it is taken."""
+        try:
+            port = self._server.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise BadParameter("coordinator.listen", self.address, "free to listen on") from error
+        if not self.address.startswith("unix:"):
+            self.address = f"{self.address.rpartition(':')[0]}:{port}"
+        await self._server.start()
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """Tell the health checks, refuse new texts, let running ones end, only then leave the experts."""
+        await self._health.enter_graceful_shutdown()
+        self._service.drain()
+        await self._server.stop(grace)
+        await self._engine.close()
+
+
 async def run_coordinator(
     settings: Settings, endpoints: Mapping[str, str], *, ready: Callable[[str], None] | None = None
 ) -> None:
@@ -45,7 +80,6 @@ async def run_coordinator(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    particles = ParticleStore.load(settings.coordinator.particles)
     engine = await Engine.connect(
         endpoints,
         cache=settings.cache,
@@ -53,26 +87,16 @@ async def run_coordinator(
         max_queue=settings.coordinator.max_queue,
     )
     try:
-        service = SwarmService(engine, particles, _defaults(settings, engine))
-        server = grpc.aio.server(options=_OPTIONS, interceptors=[MalformedRequests()])
-        swarm_pb2_grpc.add_SwarmServiceServicer_to_server(service, server)
-        serving = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(serving, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        address = _bind(server, settings.coordinator.listen)
+        server = CoordinatorServer(settings, engine)
         await server.start()
-        for name in ("", SERVICE):
-            await serving.set(name, health_pb2.HealthCheckResponse.SERVING)
-        if ready is not None:
-            ready(address)
-        await stop.wait()
-        logger.info("stopping: %d texts are running", engine.running)
-        # Order: tell the balancers, refuse new texts, let running ones end, only then leave the experts.
-        await serving.enter_graceful_shutdown()
-        service.drain()
-        await server.stop(GRACE_SECONDS)
-    finally:
+    except BaseException:
         await engine.close()
+        raise
+    if ready is not None:
+        ready(server.address)
+    await stop.wait()
+    logger.info("stopping: %d texts are running", engine.running)
+    await server.stop()
 
 
 def _defaults(settings: Settings, engine: Engine) -> Defaults:
@@ -81,14 +105,3 @@ def _defaults(settings: Settings, engine: Engine) -> Defaults:
     mixture = Mixture(weights, rule) if weights else engine.ensemble.uniform(rule)
     mixture.require_known(engine.ensemble.specs)
     return Defaults(mixture, settings.coordinator.epsilon, settings.coordinator.window)
-
-
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    """Bind, and return the address with the real port. Raises BadParameter when it is taken or not valid."""
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise BadParameter("coordinator.listen", listen, "an address that is valid and not in use") from error
-    if listen.startswith("unix:"):
-        return listen
-    return f"{listen.rpartition(':')[0]}:{port}"

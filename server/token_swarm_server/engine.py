@@ -153,4 +153,3 @@ class Engine:
     def _release(self, calls: Calls) -> None:
         for name, ops in calls.items():
             self.schedulers[name].release(op.sequence for op in ops if isinstance(op, Close))
-

@@ -10,7 +10,7 @@ from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from token_swarm.errors import BadParameter, FailedPrecondition, UnknownName
+from token_swarm.errors import BadParameter, ExpertFault, FailedPrecondition, UnknownName
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ _CODES: tuple[tuple[type[Exception], int], ...] = (
     (FailedPrecondition, code_pb2.FAILED_PRECONDITION),
     (QueueFull, code_pb2.RESOURCE_EXHAUSTED),
     (Unavailable, code_pb2.UNAVAILABLE),
+    (ExpertFault, code_pb2.UNAVAILABLE),
 )
 
 

@@ -122,7 +122,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         return self._defaults.mixture
 
 
-class MalformedRequests(grpc.aio.ServerInterceptor):
+class MalformedRequests(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
     """Answers bytes that are no request with INVALID_ARGUMENT; grpc itself would answer INTERNAL."""
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -147,7 +147,9 @@ class MalformedRequests(grpc.aio.ServerInterceptor):
             async for response in handler.unary_stream(request, context):
                 yield response
 
-        make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        make = (
+            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        )
         return make(
             stream if handler.response_streaming else unary,
             request_deserializer=deserialize,

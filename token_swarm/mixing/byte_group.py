@@ -9,9 +9,16 @@ history with that token becomes a head of its own, which needs a forward before 
     head 2      [ctx, " So"]      pending "f"        born when " So" was complete; cold until it is forwarded
 
 A head without a forward is *cold*: its bytes have at most its weight, so with M the mass of the forwarded heads and
-U the weight of the cold ones, the law of the forwarded heads alone is within total variation U / (M + U) of the
-true one. `due` names cold heads, heaviest first, until that bound is at most epsilon. M shrinks with each
-surprising byte while a cold weight stays, so a head that was cold becomes due when the text makes it matter.
+U the weight of the cold ones, whatever is said of the cold ones leaves the law within total variation U / (M + U)
+of the exact one. `due` names cold heads, heaviest first, until that bound is at most epsilon.
+
+M shrinks with every byte while the bound of a cold head stays, so each of them ends up due, and their number grows
+with the text: `window=None` pays for that and keeps the bound on every path. Otherwise the weight of a cold head is
+what it probably is. Its first byte follows `_boundary`: the law at the latest token boundary, with a discount on
+bytes that would have made a longer token, because models rarely split a word where their tokenizer would not. After
+that the head is taken to foresee the text as the group does. A head that does matter then shows, for the text leaves
+the forwarded heads no other way. Cold heads that are not due for `window` bytes, and the lightest ones beyond
+MAX_HEADS, are given up, and their shares counted in `retired`.
 """
 
 from __future__ import annotations
@@ -27,13 +34,23 @@ from token_swarm.mixing.trie import ROOT, ByteTrie
 # A share of float64 rounding: colder than this changes no digit of the law, even at epsilon 0.
 _NEGLIGIBLE = 2.0**-52
 
+MAX_HEADS = 16
+"""Heads of one group that are followed when a window is set. Real texts need two to six."""
+
+SPLIT_DISCOUNT = 0.05
+"""How much less likely a model is to split a token than to use it, when both write the text."""
+
+# What `_boundary` gives every symbol at least: a boundary law from elsewhere in the text excludes nothing.
+_FLOOR = 1e-6
+
 
 @dataclass(slots=True, eq=False)
 class Head:
     """A token history and what is known after it.
 
     weight: probability of the history, relative to the other heads of the group. start: offset in the text at
-    which the history's bytes end. law: None while cold. node: trie node of the pending bytes, once there is a law.
+    which the history's bytes end. law: None while cold. node: trie node of the pending bytes; while cold,
+    of the history's last token.
     pending: probability, under the law, that longer tokens follow at the node; 1 while cold.
     """
 
@@ -54,9 +71,9 @@ class Head:
 class ByteGroup:
     """The heads of one group over one text.
 
-    epsilon: largest total variation between `law` and the exact law. window: bytes after which a head that is
-    still cold is given up; None never gives up, which keeps the bound on every path but lets work grow
-    with the text. `retired` adds up the shares that were given up.
+    epsilon: largest total variation between `law` and the law over the heads that are kept. window: bytes after
+    which a head that is still cold is given up; None gives up nothing and keeps the bound on every path.
+    `retired` adds up the shares that were given up.
     """
 
     trie: ByteTrie
@@ -67,6 +84,8 @@ class ByteGroup:
     retired: float = 0.0
     lost: bool = False
     """Set when no tokenization of this vocabulary writes the text: the group has no law any more."""
+    _boundary: Array | None = None
+    _law: Array | None = None
 
     @classmethod
     def start(
@@ -119,6 +138,11 @@ class ByteGroup:
         """Give a cold head its law and let it walk the bytes that came after its history."""
         head.law = law
         head.node, head.pending = ROOT, law.pending(ROOT)
+        self._law = None
+        if self.window is not None:
+            boundary = np.full(SYMBOLS, _FLOOR)
+            law.add_next(ROOT, 1.0, boundary)
+            self._boundary = boundary / boundary.sum()
         for position in range(head.start, len(self.text)):
             if not self._walk(head, self.text[position], position + 1):
                 self.heads.remove(head)
@@ -127,12 +151,25 @@ class ByteGroup:
 
     def law(self) -> Array:
         """The next-symbol law: float64 [257], the last entry is the end of the text. Zeros when lost."""
-        law = np.zeros(SYMBOLS)
-        for head in self.heads:
-            if head.law is not None:
-                head.law.add_next(head.node, head.weight, law)
-        total = law.sum()
-        return law / total if total > 0 else law
+        if self._law is None:
+            law = np.zeros(SYMBOLS)
+            for head in self.heads:
+                if head.law is not None:
+                    head.law.add_next(head.node, head.weight, law)
+                elif self._boundary is not None and head.start == len(self.text):
+                    law += head.weight * self._after_boundary(head)
+            total = law.sum()
+            self._law = law / total if total > 0 else law
+        return self._law
+
+    def _after_boundary(self, head: Head) -> Array:
+        """The likely law of a cold head that has just been born: [257]."""
+        assert self._boundary is not None  # noqa: S101 - only asked when a window is set
+        law = self._boundary.copy()
+        first, last = int(self.trie.first_child[head.node]), int(self.trie.first_child[head.node + 1])
+        law[self.trie.byte[first:last]] *= SPLIT_DISCOUNT
+        scaled: Array = law / law.sum()
+        return scaled
 
     def member_shares(self, symbol: int) -> Array:
         """How much of the chosen symbol's mass each member of the group gave: [members], unnormalised."""
@@ -156,6 +193,13 @@ class ByteGroup:
             # Temperature or a filter excluded what the other groups chose: this group's own law did not.
             for head in self.heads:
                 head.law = head.law.unshaped if head.law is not None else None
+        if self._boundary is not None:
+            likely = max(float(self.law()[byte]), _FLOOR)
+            for head in self.heads:
+                if head.law is None:
+                    fresh = head.start == len(self.text)
+                    head.weight *= float(self._after_boundary(head)[byte]) if fresh else likely
+        self._law = None
         self.text.append(byte)
         end = len(self.text)
         for head in tuple(self.heads):
@@ -189,7 +233,7 @@ class ByteGroup:
             weight = head.weight * float(head.law.probabilities[position])
             if weight > 0:
                 history = (*head.tokens, int(self.trie.order[position]))
-                self.heads.append(Head(history, start=end, weight=weight))
+                self.heads.append(Head(history, start=end, weight=weight, node=child))
         head.pending = head.law.pending(child)
         return head.pending > 0
 
@@ -204,12 +248,15 @@ class ByteGroup:
             self.heads.clear()
 
     def _retire(self) -> None:
-        if self.window is not None and not self.lost:
-            horizon = len(self.text) - self.window
-            old = [head for head in self.heads if head.law is None and head.start <= horizon]
-            if old:
-                due = self.due()
-                self._give_up([head for head in old if head not in due])
+        if self.window is None or self.lost:
+            return
+        horizon = len(self.text) - self.window
+        old = [head for head in self.heads if head.law is None and head.start <= horizon]
+        if old:
+            due = self.due()
+            self._give_up([head for head in old if head not in due])
+        if len(self.heads) > MAX_HEADS:
+            self._give_up(sorted(self.heads, key=lambda head: head.mass)[:-MAX_HEADS])
 
     def _give_up(self, heads: list[Head]) -> None:
         total = sum(head.mass for head in self.heads)

@@ -445,6 +445,7 @@ class Finish(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
+    RETIRED_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """Why the text ended."""
     stop: _builtins.str
@@ -454,9 +455,11 @@ class Finish(_message.Message):
     seed: _builtins.int
     """Seed of the draw. Absent: nothing was drawn, the text is greedy."""
     certificate: _builtins.float
-    """Largest bound on the total variation of a next-byte law over the text; 0 where the mixing was exact."""
+    """Largest bound on the total variation of a group's next-byte law over the text; 0 where mixing is exact."""
     unit: Global___Unit.ValueType
     """The unit that was mixed, token or byte."""
+    retired: _builtins.float
+    """Probability of the tokenizations of the text that were given up on the way, in the group with the most."""
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertUsage]:
         """One entry per expert with non-zero weight."""
@@ -476,10 +479,11 @@ class Finish(_message.Message):
         seed: _builtins.int | None = ...,
         certificate: _builtins.float = ...,
         unit: Global___Unit.ValueType = ...,
+        retired: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "seed", b"seed", "stop", b"stop", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "bytes", b"bytes", "certificate", b"certificate", "experts", b"experts", "reason", b"reason", "seed", b"seed", "stop", b"stop", "timings", b"timings", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "bytes", b"bytes", "certificate", b"certificate", "experts", b"experts", "reason", b"reason", "retired", b"retired", "seed", b"seed", "stop", b"stop", "timings", b"timings", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -536,9 +540,7 @@ class ScoreRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     PARTICLE_FIELD_NUMBER: _builtins.int
     MIXTURE_FIELD_NUMBER: _builtins.int
-    UNIT_FIELD_NUMBER: _builtins.int
     PER_BYTE_FIELD_NUMBER: _builtins.int
-    EPSILON_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request in logs and traces. Empty: the server picks one."""
     prompt: _builtins.str
@@ -549,14 +551,8 @@ class ScoreRequest(_message.Message):
     """Render the prompt as the user's turn of each expert's chat template, where the expert has one."""
     particle: _builtins.str
     """Name of a particle, as ListParticles gives it."""
-    unit: Global___Unit.ValueType
-    """What is mixed."""
     per_byte: _builtins.bool
-    """Return the log-probability of every byte as well. Only for bytes as the unit mixed."""
-    epsilon: _builtins.float
-    """Most total variation that cutting unlikely tokenizations may add to a next-byte law, from 0 (exact) to
-    below 1. Absent: the server's default.
-    """
+    """Return the log-probability of every byte as well."""
     @_builtins.property
     def mixture(self) -> Global___Mixture:
         """Weights given with the request."""
@@ -570,21 +566,14 @@ class ScoreRequest(_message.Message):
         chat: _builtins.bool = ...,
         particle: _builtins.str = ...,
         mixture: Global___Mixture | None = ...,
-        unit: Global___Unit.ValueType = ...,
         per_byte: _builtins.bool = ...,
-        epsilon: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "epsilon", b"epsilon", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mixing", b"mixing", "mixture", b"mixture", "particle", b"particle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "chat", b"chat", "epsilon", b"epsilon", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "per_byte", b"per_byte", "prompt", b"prompt", "request_id", b"request_id", "text", b"text", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "per_byte", b"per_byte", "prompt", b"prompt", "request_id", b"request_id", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
-    _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
     _WhichOneofReturnType_mixing: _TypeAlias = _typing.Literal["particle", "mixture"]  # noqa: Y015
     _WhichOneofArgType_mixing: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_mixing) -> _WhichOneofReturnType_mixing | None: ...
 
 Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
@@ -603,7 +592,7 @@ class ExpertScore(_message.Message):
     expert: _builtins.str
     """Name of the expert."""
     log_prob: _builtins.float
-    """Log-probability of the text's bytes, over the tokenizations that were followed."""
+    """Log-probability of the text's bytes, over the tokenizations that share a canonical history."""
     tokens: _builtins.int
     """Tokens of the expert's own vocabulary in its tokenization of the text."""
     token_log_prob: _builtins.float
@@ -639,16 +628,13 @@ class ScoreResponse(_message.Message):
     LOG_PROB_FIELD_NUMBER: _builtins.int
     BYTE_LOG_PROBS_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
-    CERTIFICATE_FIELD_NUMBER: _builtins.int
-    UNIT_FIELD_NUMBER: _builtins.int
+    RETIRED_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
     """Length of the text."""
     log_prob: _builtins.float
     """Log-probability of the text under the ensemble."""
-    certificate: _builtins.float
-    """Largest bound on the total variation of a next-byte law over the text; 0 where the mixing was exact."""
-    unit: Global___Unit.ValueType
-    """The unit that was mixed, token or byte."""
+    retired: _builtins.float
+    """Probability of the tokenizations that were left out, in the group with the most."""
     @_builtins.property
     def byte_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """The same for each byte, if asked for."""
@@ -664,12 +650,11 @@ class ScoreResponse(_message.Message):
         log_prob: _builtins.float = ...,
         byte_log_probs: _abc.Iterable[_builtins.float] | None = ...,
         experts: _abc.Iterable[Global___ExpertScore] | None = ...,
-        certificate: _builtins.float = ...,
-        unit: Global___Unit.ValueType = ...,
+        retired: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_log_probs", b"byte_log_probs", "bytes", b"bytes", "certificate", b"certificate", "experts", b"experts", "log_prob", b"log_prob", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_log_probs", b"byte_log_probs", "bytes", b"bytes", "experts", b"experts", "log_prob", b"log_prob", "retired", b"retired"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
