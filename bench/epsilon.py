@@ -69,10 +69,11 @@ def main() -> None:
             if options.json:
                 print(json.dumps({"text": path.name, **row}), flush=True)
             else:
-                forwards = "  ".join(f"{name} {n:.2f}" for name, n in row["forwards_per_token"].items())  # type: ignore[attr-defined]
+                per_token: dict[str, float] = row["forwards_per_token"]  # type: ignore[assignment]
+                forwards = "  ".join(f"{name} {n:.2f}" for name, n in per_token.items())
                 print(
-                    f"{path.name:14} eps {epsilon:<7g} bits/byte {row['bits_per_byte']:.4f}  forwards/token {forwards}  "
-                    f"steps/token {row['steps_per_token']:.2f}  certificate {row['certificate']:.3g}  "
+                    f"{path.name:14} eps {epsilon:<7g} bits/byte {row['bits_per_byte']:.4f}  "
+                    f"forwards/token {forwards}  steps/token {row['steps_per_token']:.2f}  certificate {row['certificate']:.3g}  "
                     f"retired {row['retired']:.3g}  {row['ms_per_byte']:.0f} ms/byte",
                     flush=True,
                 )

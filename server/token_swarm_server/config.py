@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.particle import Mixture, Rule
 
 ENV_PREFIX = "TOKEN_SWARM_"
@@ -89,7 +90,7 @@ class CoordinatorSettings(BaseModel):
     weights: dict[str, float] = Field(default_factory=dict)
     """Mixture of a request that names none; empty: uniform over all experts."""
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 1e-2
-    window: Annotated[int, Field(ge=1)] | None = 8
+    window: Annotated[int, Field(ge=1)] | None = DEFAULT_WINDOW
     lanes_per_expert: Annotated[int, Field(ge=1)] = 2
     max_queue: Annotated[int, Field(ge=0)] = 64
 

@@ -15,6 +15,11 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from token_swarm_server.config import load_settings
+from token_swarm_server.coordinator import CoordinatorServer
+from token_swarm_server.engine import Engine
+from token_swarm_server.expert_client import ExpertConnection
+from token_swarm_server.expert_server import ExpertServer
 
 from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
@@ -23,11 +28,7 @@ from token_swarm.experts.toy import ToyExpert
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Particle, Rule
 from token_swarm.v1 import expert_pb2, swarm_pb2, swarm_pb2_grpc
-from token_swarm_server.config import load_settings
-from token_swarm_server.coordinator import CoordinatorServer
-from token_swarm_server.engine import Engine
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.expert_server import ExpertServer
+from token_swarm.vocabulary import Vocabulary
 
 
 @dataclass
@@ -161,12 +162,12 @@ async def test_cancelling_frees_the_kv(tmp_path: Path) -> None:
 
 
 async def test_a_deadline_frees_the_kv(tmp_path: Path) -> None:
-    async with coordinator(tmp_path) as running:
-        call = running.stub.Generate(swarm_pb2.GenerateRequest(prompt="ab", max_bytes=100000), timeout=0.05)
+    vocabulary = Vocabulary((b"a", b"b", b"ab"), ())
+    endless = {name: ToyExpert(name, vocabulary, seed=i) for i, name in enumerate(("e0", "e1"))}
+    async with coordinator(tmp_path, experts=endless) as running:
+        call = running.stub.Generate(swarm_pb2.GenerateRequest(prompt="ab", max_bytes=100000), timeout=0.2)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            while await call.read():
-                await asyncio.sleep(0.01)
-            raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, (), ())  # type: ignore[arg-type]  # it ended in time
+            await collect(call)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await nothing_held(running)
 

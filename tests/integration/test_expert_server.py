@@ -94,7 +94,7 @@ async def connected(server, tmp_path, prefer=expert_pb2.TRANSPORT_UNSPECIFIED):
 
 async def eventually(condition):
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the condition is in another thread or process
+        while not condition():
             await asyncio.sleep(0.005)
 
 

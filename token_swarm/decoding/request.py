@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from token_swarm.errors import BadParameter
-from token_swarm.mixing.byte_unit import DEFAULT_EPSILON, DEFAULT_WINDOW
+from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.shaping import Shaping
 

@@ -46,13 +46,14 @@ def _log_softmax(row: Tensor, temperature: float, allowed: Tensor) -> Tensor:
     return torch.log_softmax(masked / temperature, dim=-1)
 
 
-def prefix_mass(probabilities: Tensor, order: Tensor) -> Tensor:
-    """Cumulative probability in byte-sorted order.
+def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities in byte-sorted order, and their cumulative sum.
 
-    probabilities: [width]; order: int64 [tokens] ids sorted by bytes. Returns float64 [tokens + 1], first entry
-    0, so that the mass of the sorted interval [lo, hi) is C[hi] - C[lo]. float64 because a float32 sum is off by
-    15% at mass 1e-6.
+    probabilities: [width]; order: int64 [tokens] ids sorted by bytes. Returns the sorted probabilities [tokens] and
+    C, float64 [tokens + 1] with first entry 0, so that the mass of the sorted interval [lo, hi) is C[hi] - C[lo].
+    float64 because a float32 sum is off by 15% at mass 1e-6.
     """
+    ordered = probabilities[order]
     total = torch.zeros(order.numel() + 1, dtype=torch.float64)
-    torch.cumsum(probabilities.double()[order], dim=0, out=total[1:])
-    return total
+    torch.cumsum(ordered.double(), dim=0, out=total[1:])
+    return ordered, total

@@ -164,7 +164,7 @@ class ByteGroup:
 
     def _after_boundary(self, head: Head) -> Array:
         """The likely law of a cold head that has just been born: [257]."""
-        assert self._boundary is not None  # noqa: S101 - only asked when a window is set
+        assert self._boundary is not None
         law = self._boundary.copy()
         first, last = int(self.trie.first_child[head.node]), int(self.trie.first_child[head.node + 1])
         law[self.trie.byte[first:last]] *= SPLIT_DISCOUNT

@@ -53,9 +53,8 @@ class ByteLaw:
     ) -> ByteLaw:
         """probabilities: [width] over token ids; `order` is the trie's token order as a tensor."""
         end = float(sum(probabilities[eos].item() for eos in eos_ids))
-        cumulative = kernels.prefix_mass(probabilities, order).numpy()
-        sorted_probabilities = probabilities.index_select(0, order).numpy()
-        return cls(trie, sorted_probabilities, cumulative, end, members, make_unshaped)
+        ordered, cumulative = kernels.prefix_mass(probabilities, order)
+        return cls(trie, ordered.numpy(), cumulative.numpy(), end, members, make_unshaped)
 
     @cached_property
     def unshaped(self) -> ByteLaw:

@@ -10,14 +10,12 @@ from torch import Tensor
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.mixing.byte_group import ByteGroup, Head
 from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
+from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.mixing.groups import Group
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.mixing.unit import Need
 from token_swarm.particle import Rule
-
-DEFAULT_EPSILON = 1e-2
-DEFAULT_WINDOW = 8
 
 
 class ByteUnit:

@@ -56,8 +56,9 @@ def _require_free(listen: str) -> None:
 
 
 async def _serve(settings: Settings, models: dict[str, str], console: Console) -> None:
-    from token_swarm_server.coordinator import run_coordinator
     from token_swarm_server.launcher import launch
+
+    importing = asyncio.create_task(session.import_coordinator())
 
     tables: list[asyncio.Task[None]] = []
 
@@ -67,6 +68,7 @@ async def _serve(settings: Settings, models: dict[str, str], console: Console) -
 
     with session.start_errors():
         async with launch(settings, models, console=console) as endpoints:
+            run_coordinator = await importing
             await run_coordinator(settings, endpoints, ready=ready)
             await asyncio.gather(*tables)
             console.print("stopping the experts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import signal
 import sys
 import tempfile
@@ -107,6 +108,13 @@ def start_errors() -> Any:
         raise CliError(str(error), FAILURE) from error
 
 
+async def import_coordinator() -> Callable[..., Coroutine[Any, Any, None]]:
+    """`run_coordinator`, imported in a thread: torch takes seconds, which the experts need to load anyway."""
+    module = await asyncio.to_thread(importlib.import_module, "token_swarm_server.coordinator")
+    run_coordinator: Callable[..., Coroutine[Any, Any, None]] = module.run_coordinator
+    return run_coordinator
+
+
 async def _on_server(
     address: str, call: Callable[[swarm_pb2_grpc.SwarmServiceAsyncStub], Awaitable[_T]]
 ) -> _T:
@@ -118,12 +126,13 @@ async def _on_server(
 
 @asynccontextmanager
 async def _own_server(settings: Settings, models: dict[str, str], console: Console) -> AsyncIterator[str]:
-    from token_swarm_server.coordinator import run_coordinator
     from token_swarm_server.launcher import launch
 
+    importing = asyncio.create_task(import_coordinator())
     with tempfile.TemporaryDirectory(prefix="token-swarm-") as folder, start_errors():
         private = settings.coordinator.model_copy(update={"listen": f"unix:{folder}/swarm.sock"})
         async with launch(settings, models, console=console) as endpoints:
+            run_coordinator = await importing
             ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             coordinator = asyncio.create_task(
                 run_coordinator(
