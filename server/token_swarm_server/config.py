@@ -89,7 +89,7 @@ class CoordinatorSettings(BaseModel):
     rule: Literal["linear", "log-linear"] = "log-linear"
     weights: dict[str, float] = Field(default_factory=dict)
     """Mixture of a request that names none; empty: uniform over all experts."""
-    epsilon: Annotated[float, Field(ge=0, lt=1)] = 1e-2
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_EPSILON
     window: Annotated[int, Field(ge=1)] | None = DEFAULT_WINDOW
     lanes_per_expert: Annotated[int, Field(ge=1)] = 2
     max_queue: Annotated[int, Field(ge=0)] = 64
