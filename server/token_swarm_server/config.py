@@ -1,4 +1,4 @@
-"""The configuration: one model, filled from a YAML file, then the environment, then the caller's own values."""
+"""The configuration: one model, filled from a YAML file, the environment and the caller's own values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used. The message is one line: the source, the key's path, what is allowed."""
+    """A configuration that cannot be used. The message is one line: source, path of the key, what is allowed."""
 
 
 def _listen_address(value: str) -> str:
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     cache: Path = Path(".cache")
     """Converted models, vocabularies and logs; relative to the current directory."""
     pin_cores: bool = False
-    """Give every local expert cores of its own, where there are enough. For a machine that does nothing else."""
+    """Give every local expert cores of its own where there are enough; for a machine that does nothing else."""
 
     @classmethod
     def settings_customise_sources(
@@ -169,7 +169,7 @@ def load_settings(config: Path | None = None, **overrides: Any) -> Settings:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping with a key twice: YAML would keep the last one silently, and an expert would be lost."""
+    """Refuses a mapping with a key twice: YAML would keep the last one, and an expert would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -221,7 +221,7 @@ def _make_absolute(table: dict[str, Any], key: str, folder: Path) -> None:
 
 
 def _check_environment() -> None:
-    """Refuse variables with our prefix that name no key: a typing error would go unnoticed. Raises ConfigError."""
+    """Refuse variables with our prefix that name no key: typing errors would go unnoticed. Raises ConfigError."""
     for name in sorted(os.environ):
         if name.upper().startswith(ENV_PREFIX):
             key = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)[0]

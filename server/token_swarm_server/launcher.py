@@ -57,12 +57,12 @@ async def launch(
 ) -> AsyncIterator[dict[str, str]]:
     """Experts of `settings`, running: gRPC address by name, in the order of the configuration.
 
-    models: what `resolve_models` says. Experts without an address are started in parallel; on leaving they get
+    models: what `resolve_models` says. Experts without an address start in parallel; on leaving they get
     SIGTERM and, after `STOP_SECONDS`, SIGKILL. They also end by themselves when this process is killed.
     Progress goes to `console`. Raises LaunchError when an expert does not come up.
     """
     local = settings.local_experts()
-    # Short and private: the path of a UNIX socket has at most 107 bytes, and who can open it can use the model.
+    # Short and private: the path of a UNIX socket has at most 107 bytes, and who opens it can use the model.
     runtime = Path(tempfile.mkdtemp(prefix="token-swarm-"))
     running: list[_Running] = []
     try:

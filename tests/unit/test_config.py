@@ -1,4 +1,4 @@
-"""One configuration out of a file, the environment and flags; one line for everything that is wrong with it."""
+"""One configuration out of a file, the environment and flags; one line for everything wrong with it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_defaults_are_those_of_the_library(load):
 
 
 def test_flags_override_the_environment_which_overrides_the_file(load, monkeypatch):
-    text = MINIMAL + "coordinator: {epsilon: 0.1, window: 3, max_queue: 7}\n"
+    text = MINIMAL + "coordinator: {epsilon: 0.2, window: 3, max_queue: 7}\n"
     monkeypatch.setenv("TOKEN_SWARM_COORDINATOR__WINDOW", "4")
     monkeypatch.setenv("TOKEN_SWARM_COORDINATOR__MAX_QUEUE", "8")
     coordinator = load(text, coordinator={"max_queue": 9}).coordinator
-    assert (coordinator.epsilon, coordinator.window, coordinator.max_queue) == (0.1, 4, 9)
+    assert (coordinator.epsilon, coordinator.window, coordinator.max_queue) == (0.2, 4, 9)
 
 
 def test_the_environment_reaches_one_key_of_one_expert(load, monkeypatch):

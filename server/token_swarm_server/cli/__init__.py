@@ -1,4 +1,4 @@
-"""The command line, `token-swarm`: one module a command. torch and transformers are imported only where used."""
+"""The command line, `token-swarm`: one module a command. torch is imported only where it is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Several language models as one: mixes their next-token distributions, whatever their tokenizers.\n\n"
+    help="Several language models as one: mixes their next-token distributions, whatever the tokenizers.\n\n"
     "Start with `token-swarm demo`. Every command has --help with an example.",
 )
 for command in (demo, serve, generate, score, expert, doctor):

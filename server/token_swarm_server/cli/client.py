@@ -70,7 +70,7 @@ def _explain(error: grpc.aio.AioRpcError, address: str) -> CliError:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message for JSON: 64-bit integers stay numbers, enum values lose their prefix, absent fields are null.
+    """A message for JSON: 64-bit integers stay numbers, enums lose their prefix, absent fields are null.
 
     protobuf's own JSON form makes strings of 64-bit integers.
     """

@@ -50,7 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def parse_weights(text: str, rule: Rule) -> Mixture:
-    """`a=0.4,b=0.6` as a mixture. Raises CliError, and BadParameter for weights that define no distribution."""
+    """`a=0.4,b=0.6` as a mixture. Raises CliError; BadParameter for weights that define no distribution."""
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, equals, number = part.partition("=")
