@@ -32,7 +32,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used. The message is one line: source, path of the key, what is allowed."""
+    """A configuration that cannot be used. The message: source, path of the key, what is allowed."""
 
 
 def _listen_address(value: str) -> str:
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     cache: Path = Path(".cache")
     """Converted models, vocabularies and logs; relative to the current directory."""
     pin_cores: bool = False
-    """Give every local expert cores of its own where there are enough; for a machine that does nothing else."""
+    """Give every local expert cores of its own where there are enough."""
 
     @classmethod
     def settings_customise_sources(
@@ -221,7 +221,7 @@ def _make_absolute(table: dict[str, Any], key: str, folder: Path) -> None:
 
 
 def _check_environment() -> None:
-    """Refuse variables with our prefix that name no key: typing errors would go unnoticed. Raises ConfigError."""
+    """Refuse variables with our prefix that name no key. Raises ConfigError."""
     for name in sorted(os.environ):
         if name.upper().startswith(ENV_PREFIX):
             key = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)[0]

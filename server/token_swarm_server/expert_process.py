@@ -60,7 +60,7 @@ def run_expert(
 def stop_when_input_ends() -> None:
     """Stop this process once its standard input ends.
 
-    The launcher holds the other end of that pipe, and the kernel closes it however the launcher leaves, even by
+    The launcher holds the other end of that pipe, and the kernel closes it however it leaves, even by
     SIGKILL. Unlike prctl(PR_SET_PDEATHSIG) this does not depend on which thread started the process.
     """
 
