@@ -146,6 +146,8 @@ class Particle:
             file.write(self.to_json())
             file.flush()
             os.fsync(file.fileno())
+        # A temporary file is private; an artefact is for whoever may read the folder.
+        Path(file.name).chmod(0o644)
         Path(file.name).replace(path)
 
     @classmethod

@@ -68,6 +68,7 @@ def request_from_proto(
         top_p=given("top_p", 1.0),
         min_p=given("min_p", 0.0),
     )
+    bound = message.epsilon if message.HasField("epsilon") else epsilon
     limited = message.HasField("max_bytes") or message.HasField("max_tokens")
     return DecodeRequest(
         shaping=shaping,
@@ -76,8 +77,8 @@ def request_from_proto(
         max_bytes=message.max_bytes if message.HasField("max_bytes") else (None if limited else default_max_bytes),
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         stop=tuple(stop.encode() for stop in message.stop),
-        epsilon=message.epsilon if message.HasField("epsilon") else epsilon,
-        window=window,
+        epsilon=bound,
+        window=window if bound > 0 else None,  # 0 asks for the exact law, which gives nothing up
     )
 
 

@@ -68,5 +68,5 @@ class Ensemble:
         return ByteUnit(groups, self.tries, prompts, request.shaping, epsilon=request.epsilon, window=request.window)
 
     def score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> ByteUnit:
-        """A byte unit that follows one tokenization: nothing is due, cold heads are given up by the scorer."""
-        return ByteUnit(groups, self.tries, prompts, Shaping(), epsilon=0.0, window=None)
+        """A byte unit that follows the heads it is fed: none is ever due, a cold one is given up after one byte."""
+        return ByteUnit(groups, self.tries, prompts, Shaping(), epsilon=1.0, window=1)

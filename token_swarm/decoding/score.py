@@ -1,9 +1,11 @@
 """Teacher-forced scoring: the log-probability of a text, in one chunked pass per expert (sans-I/O).
 
 Only the canonical tokenization of the text is forwarded, so each expert reads it once. The byte law at a position
-is then marginalised over all tokenizations that share a canonical history: the token that is under way, and
-everything longer. What is left out are histories with a non-canonical token; their share is reported as `retired`.
-Each step's law adds up to 1, so the log-probabilities are an honest code length.
+is marginalised over every tokenization that shares a canonical history: the tokens that are under way, and the
+tokens that end here but not in the canonical tokenization of the whole text (`bridge`, when the text goes on to
+`bridges`). The next byte of the latter is estimated, as for any cold head (see `mixing.byte_group`); one byte later
+they are given up, which `retired` counts. Every step's law adds up to 1, so the log-probabilities are
+an honest code length.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class ExpertScore:
 
 @dataclass
 class Score:
-    """Log-probabilities (nats) of a text of `length` bytes. retired: largest share of tokenizations left out."""
+    """Log-probabilities (nats) of a text of `length` bytes. retired: see `ByteGroup`."""
 
     length: int
     experts: dict[str, ExpertScore]
@@ -188,10 +190,8 @@ class Scorer:
             row = len(head.tokens) - len(path.context)
             missing = {name for name in group.names if row not in self._paths[name].rows}
             if missing:
-                state.keep_only({head.tokens})
                 return missing
             state.feed(head, self._law(unit, index, group, row))
-        state.keep_only(())
         return set()
 
     def _law(self, unit: ByteUnit, index: int, group: Group, row: int) -> ByteLaw:

@@ -18,12 +18,11 @@ what it probably is. Its first byte follows `_boundary`: the law at the latest t
 bytes that would have made a longer token, because models rarely split a word where their tokenizer would not. After
 that the head is taken to foresee the text as the group does. A head that does matter then shows, for the text leaves
 the forwarded heads no other way. Cold heads that are not due for `window` bytes, and the lightest ones beyond
-MAX_HEADS, are given up, and their shares counted in `retired`.
+MAX_HEADS, are given up; `retired` is the probability that the text's own tokenization was among those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,7 +33,7 @@ from token_swarm.mixing.trie import ROOT, ByteTrie
 # A share of float64 rounding: colder than this changes no digit of the law, even at epsilon 0.
 _NEGLIGIBLE = 2.0**-52
 
-MAX_HEADS = 16
+MAX_HEADS = 32
 """Heads of one group that are followed when a window is set. Real texts need two to six."""
 
 SPLIT_DISCOUNT = 0.05
@@ -73,7 +72,7 @@ class ByteGroup:
 
     epsilon: largest total variation between `law` and the law over the heads that are kept. window: bytes after
     which a head that is still cold is given up; None gives up nothing and keeps the bound on every path.
-    `retired` adds up the shares that were given up.
+    `retired`: probability that the text's own tokenization was given up.
     """
 
     trie: ByteTrie
@@ -208,10 +207,6 @@ class ByteGroup:
         self._settle()
         self._retire()
 
-    def keep_only(self, histories: Collection[tuple[int, ...]]) -> None:
-        """Give up the cold heads whose history is not among `histories`."""
-        self._give_up([head for head in self.heads if head.law is None and head.tokens not in histories])
-
     def _reaches(self, byte: int) -> bool:
         for head in self.heads:
             if head.law is None:
@@ -261,5 +256,5 @@ class ByteGroup:
     def _give_up(self, heads: list[Head]) -> None:
         total = sum(head.mass for head in self.heads)
         for head in heads:
-            self.retired += head.weight / total
+            self.retired += (1.0 - self.retired) * head.mass / total
             self.heads.remove(head)

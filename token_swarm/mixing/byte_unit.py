@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -94,10 +94,6 @@ class ByteUnit:
         self._laws = None
         return bytes((symbol,))
 
-    def keep_only(self, group: int, histories: Collection[tuple[int, ...]]) -> None:
-        """Give up the group's cold heads outside `histories`."""
-        self.states[group].keep_only(histories)
-
     def shares(self, symbol: int) -> dict[str, float]:
         """Posterior share of each expert in the chosen symbol, with |weight| as prior under either rule."""
         given: dict[str, float] = {}
@@ -130,7 +126,7 @@ class ByteUnit:
 
     @property
     def retired(self) -> float:
-        """Largest sum of given-up shares over the groups."""
+        """Largest probability, over the groups, that the text's own tokenization was given up."""
         return max(state.retired for state in self.states)
 
 

@@ -68,5 +68,5 @@ class MixingUnit(Protocol):
 
     @property
     def retired(self) -> float:
-        """Probability of the tokenizations that were given up on the way here."""
+        """Probability that the text's own tokenization was given up on the way here."""
         ...
