@@ -73,8 +73,9 @@ def main() -> None:
                 forwards = "  ".join(f"{name} {n:.2f}" for name, n in per_token.items())
                 print(
                     f"{path.name:14} eps {epsilon:<7g} bits/byte {row['bits_per_byte']:.4f}  "
-                    f"forwards/token {forwards}  steps/token {row['steps_per_token']:.2f}  certificate {row['certificate']:.3g}  "
-                    f"retired {row['retired']:.3g}  {row['ms_per_byte']:.0f} ms/byte",
+                    f"forwards/token {forwards}  steps/token {row['steps_per_token']:.2f}  "
+                    f"certificate {row['certificate']:.3g}  retired {row['retired']:.3g}  "
+                    f"{row['ms_per_byte']:.0f} ms/byte",
                     flush=True,
                 )
 

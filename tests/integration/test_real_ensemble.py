@@ -23,7 +23,9 @@ pytestmark = pytest.mark.real_experts
 
 NAMES = ("smollm2", "gemma3")
 UNIFORM = Mixture(dict.fromkeys(NAMES, 0.5), Rule.LOG_LINEAR)
-TEXT = (Path(__file__).parents[1] / "data" / "prose.txt").read_text(encoding="utf-8")
+DATA = Path(__file__).parents[1] / "data"
+TEXT = (DATA / "prose.txt").read_text(encoding="utf-8")
+CODE = (DATA / "module.py.txt").read_text(encoding="utf-8")
 GREEDY = Shaping(temperature=0.0)
 
 
@@ -47,7 +49,7 @@ def test_bytes_telescope_to_tokens(local: LocalEnsemble, prompt: str, text: str)
 
 
 def test_the_ensemble_is_better_than_its_experts(local: LocalEnsemble) -> None:
-    score = local.score("", TEXT[:1000], UNIFORM)
+    score = local.score("", CODE[:600], UNIFORM)
     assert score.bits_per_byte() < min(score.bits_per_byte(name) for name in NAMES)
 
 
