@@ -5,14 +5,13 @@ from __future__ import annotations
 import enum
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from token_swarm.errors import BadParameter, FingerprintMismatch, UnknownName
+from token_swarm.files import replacing
 
 SCHEMA_VERSION = 1
 
@@ -141,14 +140,8 @@ class Particle:
 
     def save(self, path: Path) -> None:
         """Write the artefact; a reader sees the old file or the whole new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(self.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private; an artefact is for whoever may read the folder.
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
+        with replacing(path) as file:
+            file.write(self.to_json().encode())
 
     @classmethod
     def load(cls, path: Path) -> Particle:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +11,7 @@ import grpc
 
 from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, Op
+from token_swarm.files import replacing
 from token_swarm.v1 import expert_pb2, expert_pb2_grpc
 from token_swarm.vocabulary import Vocabulary
 from token_swarm_server import transport, wire
@@ -65,16 +64,8 @@ def _store(path: Path, data: bytes) -> Vocabulary:
         vocabulary = Vocabulary.from_bytes(data)
     except ValueError as error:
         raise TransportError(f"vocabulary: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with replacing(path) as file:
+        file.write(data)
     return vocabulary
 
 

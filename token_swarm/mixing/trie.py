@@ -7,8 +7,6 @@ the children of a node are consecutive nodes, sorted by byte, which makes the CS
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from token_swarm.files import replacing
 from token_swarm.vocabulary import Vocabulary
 
 _FORMAT = "1"
@@ -104,12 +103,8 @@ class ByteTrie:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)
         trie = cls.build(vocabulary)
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".trie-", delete=False) as file:
+        with replacing(path) as file:
             np.savez(file, **{name: getattr(trie, name) for name in names})
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(path)
         return trie
 
     @property
