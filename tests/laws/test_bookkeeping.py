@@ -195,3 +195,15 @@ def test_stop_strings_match_however_the_text_arrives(text: bytes, stops: list[by
         first = seen.find(matcher.matched)
         assert first == min(seen.find(stop) for stop in stops if stop in seen)
         assert shown <= first or shown == first
+
+
+def test_max_tokens_ends_the_text_at_a_token() -> None:
+    pairs, letters = Vocabulary((b"ab", b"cd", b"abcd"), ()), Vocabulary((b"a", b"b", b"c", b"d"), ())
+    experts = {"e0": ToyExpert("e0", pairs, seed=1), "e1": ToyExpert("e1", letters, seed=2)}
+    for limit in (1, 3, 8):
+        request = DecodeRequest(max_tokens=limit, seed=limit)
+        for mixture in (Mixture({"e0": 1.0}), Mixture({"e0": 0.5, "e1": 0.5})):
+            text, finish = LocalEnsemble(experts).generate("ab", mixture, request)
+            assert finish.reason is FinishReason.MAX_TOKENS
+            assert min(use.tokens for use in finish.experts.values()) == limit
+            assert len(text) % 2 == 0

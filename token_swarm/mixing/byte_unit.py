@@ -111,13 +111,9 @@ class ByteUnit:
         return state.best.tokens if state.heads else ()
 
     def own_tokens(self, group: int) -> int:
-        """Tokens of the likeliest head beyond the prompt, pending bytes counted as one."""
+        """Tokens of the likeliest head beyond the prompt's; bytes that are pending are no token yet."""
         state = self.states[group]
-        if not state.heads:
-            return 0
-        best = state.best
-        pending = best.start < len(state.text)
-        return max(0, len(best.tokens) + pending - self._prompt_lengths[group])
+        return max(0, len(state.best.tokens) - self._prompt_lengths[group]) if state.heads else 0
 
     @property
     def certificate(self) -> float:

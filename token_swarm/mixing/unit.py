@@ -58,7 +58,7 @@ class MixingUnit(Protocol):
         ...
 
     def own_tokens(self, group: int) -> int:
-        """Number of a group's own tokens in the text so far, without the prompt; one for pending bytes."""
+        """Number of a group's own tokens in the text so far that are complete, without the prompt's."""
         ...
 
     @property
