@@ -37,6 +37,20 @@ def test_half_precision_is_used_only_where_it_is_exact():
     assert CpuLinear(linear(bias=True, half=False), 1)._one_row is None
 
 
+@pytest.mark.parametrize("inner", [1024, 4096])
+def test_few_rows_round_little_more_than_the_plain_layer(inner):
+    """Against float64, with a few large inputs as in the activations of real models."""
+    torch.manual_seed(2)
+    plain = nn.Linear(inner, 300, bias=False).half().float()
+    packed = CpuLinear(plain, 1)
+    inputs = torch.randn(1, 21, inner)
+    inputs[..., ::97] *= 50.0
+    with torch.inference_mode():
+        exact = inputs.double() @ plain.weight.double().t()
+        error = (plain(inputs) - exact).abs().max()
+        assert (packed(inputs) - exact).abs().max() < 8 * error
+
+
 def test_what_half_precision_holds():
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(2000, 64)
