@@ -20,7 +20,7 @@ PROMPT = "The Great Barrier Reef is the largest living structure on Earth. It"
 
 def demo(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = PROMPT,
-    max_bytes: Annotated[int, typer.Option(help="Most bytes to write.", min=1, max=2**32)] = 300,
+    max_bytes: Annotated[int, typer.Option(help="Most bytes to write.", min=1, max=2**32)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0, max=2**63)] = 1,
     cache: Annotated[Path, typer.Option(help="Where models are kept.")] = Path(".cache"),
