@@ -96,7 +96,7 @@ class TransformersExpert:
         plain = PlainForward(self._model, self._spec)
         self._model.set_attn_implementation(IMPLEMENTATION)
         if self._device.type == "cpu":
-            pack_linears(self._model, torch.get_num_threads())
+            pack_linears(self._model, torch.get_num_threads(), self._model.get_output_embeddings())
         try:
             plain.compare(self)
         except (TypeError, RuntimeError, LookupError) as error:
