@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 
 CLI = (sys.executable, "-m", "token_swarm_server.cli")
 
@@ -158,3 +162,30 @@ def test_generate_can_start_a_server_of_its_own(config):
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert "Traceback" not in done.stderr
+
+
+async def stream(stub, seed, max_bytes):
+    """The text of one Generate call and its final message."""
+    sampling = swarm_pb2.Sampling(seed=seed, temperature=0.5)
+    request = swarm_pb2.GenerateRequest(prompt="the cat", max_bytes=max_bytes, sampling=sampling)
+    text = ""
+    async for message in stub.Generate(request):
+        text += message.chunk.text
+        last = message
+    return text, last.finish
+
+
+async def test_eight_streams_and_cancelled_ones_over_real_processes(server):
+    """Twice as many texts are left half-way as the experts have sequences for; then eight still run at once."""
+    async with grpc.aio.insecure_channel(server) as channel:
+        stub = swarm_pb2_grpc.SwarmServiceStub(channel)
+        alone = [await stream(stub, seed, 30) for seed in range(8)]
+        for seed in range(20):
+            sampling = swarm_pb2.Sampling(seed=seed, temperature=0.5)
+            request = swarm_pb2.GenerateRequest(prompt="the mat", max_bytes=1500, sampling=sampling)
+            call = stub.Generate(request)
+            await call.read()
+            call.cancel()
+        together = await asyncio.wait_for(asyncio.gather(*(stream(stub, seed, 30) for seed in range(8))), 120)
+        assert [text for text, _ in together] == [text for text, _ in alone]
+        assert all(finish.bytes > 0 for _, finish in together)
