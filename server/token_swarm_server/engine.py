@@ -90,25 +90,20 @@ class Engine:
             admitted = time.perf_counter()
             self.running += 1
             try:
-                while calls := decoder.calls():
-                    decoder.resume(await self._run(calls))
+                while not decoder.finished:
+                    if calls := decoder.calls():
+                        decoder.resume(await self._run(calls))
                     if text := decoder.take_text():
                         first_byte = first_byte or time.perf_counter() - arrived
                         yield text
-                if text := decoder.take_text():
-                    first_byte = first_byte or time.perf_counter() - arrived
-                    yield text
             finally:
                 self.running -= 1
                 self._release(decoder.close())
-        kind = self.ensemble.unit_kind(mixture, request.unit)
         total = time.perf_counter() - arrived
-        yield Finished(decoder.finish, kind, admitted - arrived, first_byte, total)
+        yield Finished(decoder.finish, unit.kind, admitted - arrived, first_byte, total)
 
     async def score(self, prompt: str, text: str, chat: bool, mixture: Mixture) -> Score:
         """Log-probability of `text` after `prompt`. Raises as `generate` does."""
-        if not text:
-            raise BadParameter("text", text, "at least one byte")
         prompts = await self._encode(mixture, prompt, chat=chat)
         specs = self.ensemble.specs
         pieces = await asyncio.gather(

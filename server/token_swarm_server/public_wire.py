@@ -68,7 +68,6 @@ def request_from_proto(
         top_p=given("top_p", 1.0),
         min_p=given("min_p", 0.0),
     )
-    bound = message.epsilon if message.HasField("epsilon") else epsilon
     limited = message.HasField("max_bytes") or message.HasField("max_tokens")
     return DecodeRequest(
         shaping=shaping,
@@ -77,8 +76,8 @@ def request_from_proto(
         max_bytes=message.max_bytes if message.HasField("max_bytes") else (None if limited else default_max_bytes),
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         stop=tuple(stop.encode() for stop in message.stop),
-        epsilon=bound,
-        window=window if bound > 0 else None,  # 0 asks for the exact law, which gives nothing up
+        epsilon=message.epsilon if message.HasField("epsilon") else epsilon,
+        window=window,
     )
 
 
@@ -139,7 +138,7 @@ def expert_to_proto(spec: ExpertSpec, group: int, state: swarm_pb2.ExpertState.V
     )
 
 
-def particles_to_proto(particles: Iterable[Particle], default: str | None) -> swarm_pb2.ListParticlesResponse:
+def particles_to_proto(particles: Iterable[Particle]) -> swarm_pb2.ListParticlesResponse:
     """Every particle with its provenance."""
     return swarm_pb2.ListParticlesResponse(
         particles=[
@@ -149,7 +148,6 @@ def particles_to_proto(particles: Iterable[Particle], default: str | None) -> sw
                 utility=particle.utility or "",
                 dev_score=particle.dev_score,
                 test_score=particle.test_score,
-                is_default=particle.name == default,
             )
             for particle in particles
         ]

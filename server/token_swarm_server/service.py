@@ -103,7 +103,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
     ) -> swarm_pb2.ListParticlesResponse:
         """The particles that requests may name."""
         del request, context
-        return public_wire.particles_to_proto(self._particles.all(), None)
+        return public_wire.particles_to_proto(self._particles.all())
 
     def _require_open(self) -> None:
         if self._draining:

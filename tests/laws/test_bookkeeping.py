@@ -75,9 +75,9 @@ def test_every_lane_returns_the_row_of_its_history(histories: list[list[tuple[in
         result = expert.step(plan.ops)
         assert result.errors == (None,) * len(plan.ops)
         placed = 0
-        for tokens, place in zip(wanted, plan.lanes, strict=True):
-            if place is not None:
-                assert result.rows(place[1])[0].equal(expert.law(tokens))
+        for tokens, index in zip(wanted, plan.rows, strict=True):
+            if index is not None:
+                assert result.rows(index)[0].equal(expert.law(tokens))
                 placed += 1
         assert placed >= min(limit, len(wanted)) >= 1
     expert.step(table.close())

@@ -121,3 +121,16 @@ def test_given_up_shares_are_reported() -> None:
         settle(local, experts, unit)
         unit.advance(byte)
     assert 0 < unit.retired < 1
+
+
+def test_epsilon_zero_is_exact_whatever_the_window() -> None:
+    experts = toys([VOCABULARIES["nested"]])
+    local = LocalEnsemble(experts)
+    brute = BruteForce(VOCABULARIES["nested"], experts["e0"].law, experts["e0"].encode("ab").tokens)
+    unit = byte_unit(local, ONE, "ab", DecodeRequest(epsilon=0.0, window=1), keep_tail=True)
+    for byte in b"abcab":
+        settle(local, experts, unit)
+        unit.advance(byte)
+    settle(local, experts, unit)
+    np.testing.assert_allclose(unit.law(), brute.next_law(b"abcab"), rtol=0, atol=1e-12)
+    assert unit.retired == 0

@@ -40,10 +40,6 @@ class Ensemble:
         """The groups that `mixture` runs."""
         return make_groups(self.specs, mixture)
 
-    def unit_kind(self, mixture: Mixture, unit: Unit = Unit.AUTO) -> Unit:
-        """What would be mixed."""
-        return resolve_unit(unit, self.groups(mixture))
-
     def unit(self, mixture: Mixture, request: DecodeRequest, prompts: Mapping[str, EncodedPrompt]) -> MixingUnit:
         """The mixing unit of one text. `prompts`: the prompt as each active expert encodes it.
 
@@ -65,7 +61,9 @@ class Ensemble:
         self, groups: tuple[Group, ...], request: DecodeRequest, prompts: Mapping[str, EncodedPrompt]
     ) -> ByteUnit:
         """The byte unit over any groups, even a single one, whose marginal byte law it then is."""
-        return ByteUnit(groups, self.tries, prompts, request.shaping, epsilon=request.epsilon, window=request.window)
+        # Epsilon 0 asks for the exact law, which gives nothing up.
+        window = request.window if request.epsilon > 0 else None
+        return ByteUnit(groups, self.tries, prompts, request.shaping, epsilon=request.epsilon, window=window)
 
     def score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> ByteUnit:
         """A byte unit that follows the heads it is fed: none is ever due, a cold one is given up after one byte."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from token_swarm.decoding.lanes import Lane, LaneTable
+from token_swarm.decoding.lanes import LaneTable
 from token_swarm.errors import ExpertFault
 from token_swarm.experts.contract import Op, OpError, OpErrorKind
 from token_swarm.mixing.unit import MixingUnit, Need
@@ -48,16 +48,15 @@ class Forwards:
                 self._lanes[name] = LaneTable(lambda name=name: allocate(name), lanes_per_expert)  # type: ignore[misc]
                 self._limits[name] = spec.max_context
         self._wanted: list[_Wanted] = []
-        self._placed: dict[str, list[tuple[_Wanted, Lane, int]]] = {}
+        self._placed: dict[str, list[tuple[_Wanted, int]]] = {}
         self._recoveries = 0
         self.histories: list[set[tuple[int, ...]]] = [set() for _ in unit.groups]
         """Per group: the histories that were forwarded."""
 
     def calls(self) -> Calls:
         """What must run before the unit has a law; empty when it has one. Raises ContextFull."""
-        known = {id(wanted.need.key): wanted for wanted in self._wanted if wanted.need.key is not None}
-        needs = self._unit.due()
-        self._wanted = [known.get(id(need.key)) or self._same(need) or _Wanted(need, {}) for need in needs]
+        known = {(wanted.need.group, wanted.need.tokens): wanted.rows for wanted in self._wanted}
+        self._wanted = [_Wanted(need, known.get((need.group, need.tokens), {})) for need in self._unit.due()]
         calls: Calls = {}
         self._placed = {}
         for name, table in self._lanes.items():
@@ -71,7 +70,7 @@ class Forwards:
             plan = table.plan([wanted.need.tokens for wanted in waiting], keep)
             calls[name] = plan.ops
             self._placed[name] = [
-                (wanted, *place) for wanted, place in zip(waiting, plan.lanes, strict=True) if place is not None
+                (wanted, index) for wanted, index in zip(waiting, plan.rows, strict=True) if index is not None
             ]
         return calls
 
@@ -86,7 +85,7 @@ class Forwards:
             if refused is not None:
                 self._recover(name, refused)
                 continue
-            for wanted, _, index in placed:
+            for wanted, index in placed:
                 rows = outcomes[name][index]
                 if not isinstance(rows, Tensor) or rows.shape[0] != 1:
                     raise ExpertFault(name, "a forward did not return its logit row")
@@ -110,12 +109,6 @@ class Forwards:
     def close(self) -> Calls:
         """Operations that free everything this text holds at the experts."""
         return {name: ops for name, table in self._lanes.items() if (ops := table.close())}
-
-    def _same(self, need: Need) -> _Wanted | None:
-        for wanted in self._wanted:
-            if wanted.need.key is None and need.key is None and wanted.need.tokens == need.tokens:
-                return wanted
-        return None
 
     def _is_member(self, name: str, wanted: _Wanted) -> bool:
         return name in self._unit.groups[wanted.need.group].names

@@ -58,12 +58,11 @@ class LocalEnsemble:
     def stream(self, decoder: Decoder) -> Iterator[str]:
         """Text as it becomes complete; frees the KV however the caller leaves."""
         try:
-            while calls := decoder.calls():
-                decoder.resume(self.run(calls))
+            while not decoder.finished:
+                if calls := decoder.calls():
+                    decoder.resume(self.run(calls))
                 if text := decoder.take_text():
                     yield text
-            if text := decoder.take_text():
-                yield text
         finally:
             self.run(decoder.close())
 

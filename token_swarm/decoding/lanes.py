@@ -7,7 +7,7 @@ expert: the lane that shares the longest prefix with the wanted history is cut b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from token_swarm.experts.contract import Close, Extend, Fork, Op, Open, Truncate
 
@@ -24,13 +24,13 @@ class Lane:
 
 @dataclass
 class LanePlan:
-    """What one step does: `ops`, and per wanted history the lane and the index of the operation with its row.
+    """What one step does: `ops`, and per wanted history the index of the operation that returns its row.
 
     A history without a lane (None) has to wait for the next step.
     """
 
-    ops: list[Op] = field(default_factory=list)
-    lanes: list[tuple[Lane, int] | None] = field(default_factory=list)
+    ops: list[Op]
+    rows: list[int | None]
 
 
 class LaneTable:
@@ -53,7 +53,7 @@ class LaneTable:
         forks: list[Op] = []
         cuts: list[Op] = []
         forwards: list[Op] = []
-        placed: list[tuple[Lane, int] | None] = []
+        placed: list[int | None] = []  # indices in `forwards`
         held = {lane: lane.tokens for lane in self._lanes}  # as before this step
         taken: set[Lane] = set()
         for tokens in histories:
@@ -64,11 +64,11 @@ class LaneTable:
                 if common > shared and (lane not in taken or self._has_room):
                     source, shared = lane, common
             if source is None:
-                lane_or_none = self._vacant(taken, held, forks)
-                if lane_or_none is None:
+                vacant = self._vacant(taken, held, forks)
+                if vacant is None:
                     placed.append(None)
                     continue
-                lane = lane_or_none
+                lane = vacant
                 forwards.append(Open(lane.sequence, tokens))
             else:
                 lane, surplus = source, len(held[source]) > shared
@@ -81,10 +81,10 @@ class LaneTable:
                 forwards.append(Extend(lane.sequence, tokens[shared:]))
             lane.tokens = tokens
             taken.add(lane)
-            placed.append((lane, len(forwards) - 1))
+            placed.append(len(forwards) - 1)
         structure = forks + cuts
-        lanes = [None if place is None else (place[0], place[1] + len(structure)) for place in placed]
-        return LanePlan(structure + forwards, lanes)
+        rows = [None if index is None else index + len(structure) for index in placed]
+        return LanePlan(structure + forwards, rows)
 
     def _vacant(self, taken: Collection[Lane], held: dict[Lane, Tokens], ops: list[Op]) -> Lane | None:
         if not self._has_room:
@@ -101,11 +101,6 @@ class LaneTable:
     @property
     def _has_room(self) -> bool:
         return len(self._lanes) < self._limit
-
-    def forget(self, lane: Lane) -> None:
-        """The expert does not know the lane's sequence any more."""
-        if lane in self._lanes:
-            self._lanes.remove(lane)
 
     def forget_all(self) -> None:
         """The expert has lost every sequence, as after a restart."""

@@ -125,12 +125,12 @@ class Scorer:
         """tokens[expert]: canonical tokens of what `scored_text` says for that expert."""
         if not text:
             raise BadParameter("text", text, "at least one byte")
-        self._groups = ensemble.groups(mixture)
-        names = [spec.name for group in self._groups for spec in group.experts]
+        groups = ensemble.groups(mixture)
+        specs = [spec for group in groups for spec in group.experts]
         self._paths: dict[str, _Path] = {}
         taken: dict[str, EncodedPrompt] = {}
-        for name in names:
-            spec = ensemble.specs[name]
+        for spec in specs:
+            name = spec.name
             context, whole = scored_text(spec, prompts[name], text)
             taken[name] = prompts[name] if len(context) < len(prompts[name].tokens) else EncodedPrompt(context, 0)
             length, limit = len(context) + len(tokens[name]), spec.max_context
@@ -139,15 +139,12 @@ class Scorer:
             if spec.vocabulary.text(tokens[name]) != whole.encode():
                 raise ExpertFault(name, "its tokens do not write the text they are to score")
             self._paths[name] = _Path(context, tuple(tokens[name]), allocate(name))
-        self._names = names
-        self._unit = ensemble.score_unit(self._groups, taken)
-        singles = tuple(
-            Group((spec,), (1.0,), (1.0,), 1.0, Rule.LINEAR) for group in self._groups for spec in group.experts
-        )
+        self._unit = ensemble.score_unit(groups, taken)
+        singles = tuple(Group((spec,), (1.0,), (1.0,), 1.0, Rule.LINEAR) for spec in specs)
         self._own = ensemble.score_unit(singles, taken)
         self._text = text.encode()
         self._at = 0
-        self.score = Score(len(self._text), {name: ExpertScore(len(self._paths[name].tokens)) for name in names})
+        self.score = Score(len(self._text), {name: ExpertScore(len(path.tokens)) for name, path in self._paths.items()})
 
     def calls(self) -> Calls:
         """The next piece of every pass that is waited for; empty when the text is scored."""
@@ -213,7 +210,7 @@ class Scorer:
     def _score_byte(self) -> None:
         byte = self._text[self._at]
         self.score.per_byte.append(_log(float(self._unit.law()[byte])))
-        for name, law in zip(self._names, self._own.laws, strict=True):
+        for name, law in zip(self._paths, self._own.laws, strict=True):
             self.score.experts[name].per_byte.append(_log(float(law[byte])))
         for unit in (self._unit, self._own):
             unit.advance(byte)

@@ -108,9 +108,13 @@ class ByteGroup:
     @property
     def certificate(self) -> float:
         """Upper bound of the total variation between `law` and the law over the heads that are kept."""
-        unknown = sum(head.weight for head in self.heads if head.law is None)
-        known = sum(head.mass for head in self.heads if head.law is not None)
-        return unknown / (known + unknown) if unknown else 0.0
+        unknown = sum(head.mass for head in self.cold)
+        return unknown / self._total if unknown else 0.0
+
+    @property
+    def _total(self) -> float:
+        """Mass of all heads, those that are cold at their bound."""
+        return sum(head.mass for head in self.heads)
 
     @property
     def best(self) -> Head:
@@ -122,15 +126,14 @@ class ByteGroup:
         if self.lost:
             return []
         cold = self.cold
-        unknown = sum(head.weight for head in cold)
-        known = sum(head.mass for head in self.heads if head.law is not None)
-        limit = max(self.epsilon, _NEGLIGIBLE) * (known + unknown)
+        unknown = sum(head.mass for head in cold)
+        limit = max(self.epsilon, _NEGLIGIBLE) * self._total
         due = []
         for head in cold:
             if unknown <= limit:
                 break
             due.append(head)
-            unknown -= head.weight
+            unknown -= head.mass
         return due
 
     def feed(self, head: Head, law: ByteLaw) -> None:
@@ -172,16 +175,11 @@ class ByteGroup:
 
     def member_shares(self, symbol: int) -> Array:
         """How much of the chosen symbol's mass each member of the group gave: [members], unnormalised."""
-        shares: list[Array] = []
-        for head in self.heads:
-            if head.law is None or not head.law.members:
-                continue
-            masses = []
-            for member in head.law.members:
-                law = np.zeros(SYMBOLS)
-                member.add_next(head.node, head.weight, law)
-                masses.append(law[symbol])
-            shares.append(np.asarray(masses))
+        shares = [
+            [head.weight * member.next_mass(head.node, symbol) for member in head.law.members]
+            for head in self.heads
+            if head.law is not None and head.law.members
+        ]
         return np.sum(shares, axis=0) if shares else np.ones(1)
 
     def advance(self, byte: int) -> None:
@@ -208,13 +206,7 @@ class ByteGroup:
         self._retire()
 
     def _reaches(self, byte: int) -> bool:
-        for head in self.heads:
-            if head.law is None:
-                return True
-            child = self.trie.child(head.node, byte)
-            if child is not None and head.law.interval(int(self.trie.low[child]), int(self.trie.high[child])) > 0:
-                return True
-        return False
+        return any(head.law is None or head.law.next_mass(head.node, byte) > 0 for head in self.heads)
 
     def _walk(self, head: Head, byte: int, end: int) -> bool:
         """Move a head one byte down; returns whether anything longer is left to wait for."""
@@ -234,7 +226,7 @@ class ByteGroup:
 
     def _settle(self) -> None:
         """Rescale so that weights never underflow, and notice when nothing is left."""
-        total = sum(head.mass for head in self.heads)
+        total = self._total
         if total > 0:
             for head in self.heads:
                 head.weight /= total
@@ -254,7 +246,7 @@ class ByteGroup:
             self._give_up(sorted(self.heads, key=lambda head: head.mass)[:-MAX_HEADS])
 
     def _give_up(self, heads: list[Head]) -> None:
-        total = sum(head.mass for head in self.heads)
+        total = self._total
         for head in heads:
             self.retired += (1.0 - self.retired) * head.mass / total
             self.heads.remove(head)

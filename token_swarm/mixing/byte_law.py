@@ -41,21 +41,6 @@ class ByteLaw:
     members: tuple[ByteLaw, ...] = ()
     make_unshaped: Callable[[], ByteLaw] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        probabilities: Tensor,
-        trie: ByteTrie,
-        order: Tensor,
-        eos_ids: tuple[int, ...],
-        members: tuple[ByteLaw, ...] = (),
-        make_unshaped: Callable[[], ByteLaw] | None = None,
-    ) -> ByteLaw:
-        """probabilities: [width] over token ids; `order` is the trie's token order as a tensor."""
-        end = float(sum(probabilities[eos].item() for eos in eos_ids))
-        ordered, cumulative = kernels.prefix_mass(probabilities, order)
-        return cls(trie, ordered.numpy(), cumulative.numpy(), end, members, make_unshaped)
-
     @cached_property
     def unshaped(self) -> ByteLaw:
         """The law before temperature and filters; itself when there are none."""
@@ -73,6 +58,13 @@ class ByteLaw:
         if node == ROOT:
             return self.interval(0, len(self.trie.order)) + self.end
         return self.interval(int(self.trie.longer[node]), int(self.trie.high[node]))
+
+    def next_mass(self, node: int, symbol: int) -> float:
+        """Mass of one next symbol at `node`: what `add_next` would add for it."""
+        if symbol == END:
+            return self.end if node == ROOT else 0.0
+        child = self.trie.child(node, symbol)
+        return 0.0 if child is None else self.interval(int(self.trie.low[child]), int(self.trie.high[child]))
 
     def add_next(self, node: int, weight: float, law: Array) -> None:
         """Add `weight` times the mass of each next symbol at `node` to `law` [257]."""
@@ -101,4 +93,6 @@ class LawMaker:
         make_unshaped: Callable[[], ByteLaw] | None = None,
     ) -> ByteLaw:
         """The byte law of token probabilities [width]."""
-        return ByteLaw.of(probabilities, self.trie, self._order, self._eos_ids, members, make_unshaped)
+        end = float(sum(probabilities[eos].item() for eos in self._eos_ids))
+        ordered, cumulative = kernels.prefix_mass(probabilities, self._order)
+        return ByteLaw(self.trie, ordered.numpy(), cumulative.numpy(), end, members, make_unshaped)

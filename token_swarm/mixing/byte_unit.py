@@ -10,8 +10,7 @@ from torch import Tensor
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.mixing.byte_group import ByteGroup, Head
 from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
-from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
-from token_swarm.mixing.groups import Group
+from token_swarm.mixing.groups import Group, Unit, as_shares
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.mixing.unit import Need
@@ -25,6 +24,8 @@ class ByteUnit:
     `laws[g]` is group g's own law at this position.
     """
 
+    kind = Unit.BYTE
+
     def __init__(
         self,
         groups: Sequence[Group],
@@ -32,8 +33,8 @@ class ByteUnit:
         prompts: Mapping[str, EncodedPrompt],
         shaping: Shaping,
         *,
-        epsilon: float = DEFAULT_EPSILON,
-        window: int | None = DEFAULT_WINDOW,
+        epsilon: float,
+        window: int | None,
     ) -> None:
         self.groups: Sequence[Group] = tuple(groups)
         self._shaping = shaping
@@ -46,7 +47,6 @@ class ByteUnit:
             self._makers.append(LawMaker(trie, group.vocabulary.eos_ids))
             self.states.append(ByteGroup.start(trie, prompt.tokens, tail or b"", epsilon=epsilon, window=window))
         self._prompt_lengths = [len(prompts[group.names[0]].tokens) for group in self.groups]
-        self._laws: list[Array] | None = None
 
     def due(self) -> list[Need]:
         """Cold heads of every group that its law cannot do without."""
@@ -57,7 +57,6 @@ class ByteUnit:
         if not isinstance(need.key, Head):
             raise TypeError(f"need.key: {type(need.key).__name__}, expected a Head named by `due`")
         self.states[need.group].feed(need.key, self.make_law(need.group, rows))
-        self._laws = None
 
     def make_law(self, group: int, rows: Sequence[Tensor]) -> ByteLaw:
         """The byte law of a group's mixed and shaped token distribution."""
@@ -74,9 +73,7 @@ class ByteUnit:
     @property
     def laws(self) -> list[Array]:
         """Each group's own next-symbol law, [257]; zeros for a group that is lost."""
-        if self._laws is None:
-            self._laws = [state.law() for state in self.states]
-        return self._laws
+        return [state.law() for state in self.states]
 
     def law(self) -> Array:
         """The mixed law over 257 symbols. Groups that are lost have no say."""
@@ -91,19 +88,16 @@ class ByteUnit:
         for state in self.states:
             if not state.lost:
                 state.advance(symbol)
-        self._laws = None
         return bytes((symbol,))
 
     def shares(self, symbol: int) -> dict[str, float]:
         """Posterior share of each expert in the chosen symbol, with |weight| as prior under either rule."""
         given: dict[str, float] = {}
         for group, state, law in zip(self.groups, self.states, self.laws, strict=True):
-            members = np.abs(group.exponents) * (state.member_shares(symbol) if not state.lost else 1.0)
-            members = members / members.sum() if members.sum() > 0 else np.full(len(members), 1 / len(members))
-            for name, share in zip(group.names, members.tolist(), strict=True):
+            members = group.split(state.member_shares(symbol) if not state.lost else np.ones(1))
+            for name, share in members.items():
                 given[name] = abs(group.weight) * float(law[symbol]) * share
-        total = sum(given.values())
-        return {name: (value / total if total > 0 else 1 / len(given)) for name, value in given.items()}
+        return as_shares(given)
 
     def history(self, group: int) -> tuple[int, ...]:
         """Tokens of the likeliest head, without its pending bytes."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -71,6 +73,17 @@ class Group:
             kernels.mix([row], [1.0], [temperature], Rule.LINEAR, self._allowed)
             for row, temperature in zip(rows, self.temperatures, strict=True)
         ]
+
+    def split(self, masses: npt.ArrayLike) -> dict[str, float]:
+        """Share of each member when they gave a symbol `masses` [members, or 1 for all], |exponent| as prior."""
+        given = np.abs(self.exponents) * np.asarray(masses)
+        return as_shares(dict(zip(self.names, given.tolist(), strict=True)))
+
+
+def as_shares(given: Mapping[str, float]) -> dict[str, float]:
+    """`given` scaled to add up to 1; equal shares when all of it is 0."""
+    total = sum(given.values())
+    return {name: value / total if total > 0 else 1 / len(given) for name, value in given.items()}
 
 
 def make_groups(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Group, ...]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from token_swarm.mixing.groups import Group
+from token_swarm.mixing.groups import Group, Unit
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.unit import Need
 
 
 class TokenUnit:
     """One group over one text. Symbols are token ids; the prompt keeps the expert's own encoding."""
+
+    kind = Unit.TOKEN
 
     def __init__(self, group: Group, tokens: tuple[int, ...], shaping: Shaping) -> None:
         self.groups: Sequence[Group] = (group,)
@@ -57,9 +58,7 @@ class TokenUnit:
         group = self.groups[0]
         if not self._members:
             return {group.names[0]: 1.0}
-        given = np.abs(group.exponents) * [float(law[symbol]) for law in self._members]
-        given = given / given.sum() if given.sum() > 0 else np.full(len(given), 1 / len(given))
-        return dict(zip(group.names, given.tolist(), strict=True))
+        return group.split([float(law[symbol]) for law in self._members])
 
     def history(self, group: int) -> tuple[int, ...]:
         """The tokens themselves: the token unit knows no other tokenization."""

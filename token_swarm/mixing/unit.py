@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 from torch import Tensor
 
-from token_swarm.mixing.groups import Group
+from token_swarm.mixing.groups import Group, Unit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +23,11 @@ class Need:
 
 class MixingUnit(Protocol):
     """Mixes the groups' laws symbol by symbol. A symbol is a byte (byte unit) or a token id (token unit)."""
+
+    @property
+    def kind(self) -> Unit:
+        """What is mixed: tokens or bytes."""
+        ...
 
     @property
     def groups(self) -> Sequence[Group]:

@@ -73,4 +73,4 @@ def _of_folder(folder: Path) -> swarm_pb2.ListParticlesResponse:
     from token_swarm_server.particle_store import ParticleStore
     from token_swarm_server.public_wire import particles_to_proto
 
-    return particles_to_proto(ParticleStore.load(folder).all(), None)
+    return particles_to_proto(ParticleStore.load(folder).all())
