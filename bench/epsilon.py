@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from token_swarm.decoding.decoder import Decoder
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.transformers import TransformersExpert
@@ -22,8 +21,7 @@ from token_swarm.particle import Mixture, Rule
 
 def follow(local: LocalEnsemble, prompt: str, text: str, request: DecodeRequest, mixture: Mixture) -> dict[str, object]:
     """Follow `text`; bits per byte, forwards and time."""
-    unit = local.ensemble.unit(mixture, request, local.encode(mixture, prompt))
-    decoder = Decoder(unit, request, allocate=local.allocate, forced=text.encode())
+    decoder = local.decoder(prompt, mixture, request, forced=text.encode())
     started, steps = time.perf_counter(), 0
     try:
         while calls := decoder.calls():

@@ -115,6 +115,33 @@ def save_tiny_model(name: str, directory: Path) -> Path:
     return directory
 
 
+def save_small_tokenizer(directory: Path, vocabulary: int) -> int:
+    """Byte-level BPE of at most `vocabulary` tokens with an end-of-text token, id 0; returns how many it has."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<end>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["the cat sat on the mat and the rat ate the hat"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    return tokenizer.get_vocab_size()
+
+
+def save_small_llama(directory: Path, vocabulary: int) -> Path:
+    """A causal language model of a few kilobytes; another size of the vocabulary gives other tokens."""
+    config = LlamaConfig(
+        vocab_size=save_small_tokenizer(directory, vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
 def real_expert_dir(name: str) -> Path:
     """The directory of a converted demo expert; skips the test, with the reason, where it is missing."""
     directory = EXPERTS / name

@@ -8,16 +8,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
-import torch
-
-from token_swarm.experts.contract import Close, ExpertSpec, Extend, Op, Open, OpError
+from token_swarm.decoding.forwards import Outcome
+from token_swarm.experts.contract import Close, ExpertSpec, Extend, Op, Open
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.wire import TimedStepResult, check_ops
-
-OpResult: TypeAlias = torch.Tensor | OpError
-"""Logit rows of one operation, [n, width] in the expert's dtype, or why it was refused."""
 
 
 class StepRunner(Protocol):
@@ -56,7 +52,7 @@ class Counters:
 class _Submission:
     ops: tuple[Op, ...]
     rows: int
-    results: asyncio.Future[list[OpResult]]
+    results: asyncio.Future[list[Outcome]]
 
 
 class ExpertScheduler:
@@ -85,7 +81,7 @@ class ExpertScheduler:
         """Submissions that wait for a step."""
         return len(self._pending)
 
-    async def submit(self, ops: Sequence[Op]) -> list[OpResult]:
+    async def submit(self, ops: Sequence[Op]) -> list[Outcome]:
         """Apply `ops` in order, in one step shared with others; one result per operation.
 
         If the caller is cancelled, operations that were already sent are applied all the same, and others
@@ -104,10 +100,10 @@ class ExpertScheduler:
         self._task.cancel()
         await asyncio.wait([self._task])
 
-    def _enqueue(self, ops: tuple[Op, ...], rows: int) -> asyncio.Future[list[OpResult]]:
+    def _enqueue(self, ops: tuple[Op, ...], rows: int) -> asyncio.Future[list[Outcome]]:
         if self._down is not None:
             raise ExpertUnavailable(self.name, "it was lost") from self._down
-        results: asyncio.Future[list[OpResult]] = asyncio.get_running_loop().create_future()
+        results: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
         # A release has nobody who would look at its failure.
         results.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._pending.append(_Submission(ops, rows, results))
@@ -162,7 +158,7 @@ class ExpertScheduler:
         counters.compute_seconds += result.seconds
         index = 0
         for submission in batch:
-            answers: list[OpResult] = []
+            answers: list[Outcome] = []
             for _ in submission.ops:
                 error = result.errors[index]
                 answers.append(result.rows(index) if error is None else error)

@@ -25,6 +25,8 @@ ENV_PREFIX = "TOKEN_SWARM_"
 ENV_DELIMITER = "__"
 EXPERT_NAME = r"[a-z0-9][a-z0-9_.-]*"
 DEMO_SCHEME = "demo:"
+PUBLIC_MESSAGE_BYTES = 4 * 2**20
+"""Cap of a message between the public service and its clients."""
 DEFAULT_LISTEN = "127.0.0.1:50061"
 # A hub id is "name" or "owner/name"; anything else is meant as a directory.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

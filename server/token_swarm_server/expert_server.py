@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from token_swarm.errors import BadParameter, FailedPrecondition
 from token_swarm.experts.contract import Expert
@@ -25,6 +22,7 @@ from token_swarm.v1 import expert_pb2, expert_pb2_grpc
 from token_swarm_server import errors, transport, wire
 from token_swarm_server.errors import TransportError
 from token_swarm_server.expert_worker import ExpertWorker, Stream
+from token_swarm_server.grpc_host import GrpcHost, stop_signal
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +32,6 @@ SLOT_ROWS = 32
 _VOCABULARY_CHUNK = 2**20
 # Left in a message for everything but the logits.
 _ENVELOPE_BYTES = 2**20
-_OPTIONS = (
-    ("grpc.max_send_message_length", transport.MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", transport.MAX_MESSAGE_BYTES),
-    # Otherwise a second server binds the same port without an error and steals half of the connections.
-    ("grpc.so_reuseport", 0),
-)
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -193,32 +185,29 @@ class ExpertServer:
         self._expert = expert
         self._worker = ExpertWorker(expert, max_rows)
         self._servicer = _Servicer(expert, self._worker, max_rows, directory)
-        self._requested = _prepare_address(address)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
-        self._server = grpc.aio.server(options=_OPTIONS)
-        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        self.address = address
+        self._host = GrpcHost(
+            SERVICE,
+            _prepare_address(address),
+            field="address",
+            max_message_bytes=transport.MAX_MESSAGE_BYTES,
+        )
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._host.server)
+
+    @property
+    def address(self) -> str:
+        """Where it listens; with the port that was chosen once it has started."""
+        return self._host.address
 
     async def start(self) -> None:
-        """Listen; `address` then holds the port that was chosen. Raises BadParameter if it is taken."""
-        try:
-            port = self._server.add_insecure_port(self._requested)
-        except RuntimeError as error:
-            raise BadParameter("address", self._requested, "free to listen on") from error
-        if not self._requested.startswith("unix:"):
-            self.address = f"{self._requested.rpartition(':')[0]}:{port}"
+        """Listen. Raises BadParameter if the address is taken."""
+        self._host.bind()
         self._worker.start()
-        await self._server.start()
-        for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._host.start()
 
     async def stop(self) -> None:
         """Say so to health checks, end every stream, free its sequences, then free the expert."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(None)
+        await self._host.announce_stop()
+        await self._host.server.stop(None)
         await self._worker.stop()
         self._servicer.close()
         self._expert.close()
@@ -235,10 +224,7 @@ async def serve(
 
     Raises BadParameter for an address that cannot be used or is taken.
     """
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    stopping = stop_signal()
     server = ExpertServer(expert, address, directory=directory)
     await server.start()
     try:

@@ -12,40 +12,18 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.conftest import save_small_llama
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 
 CLI = (sys.executable, "-m", "token_swarm_server.cli")
 
 
-def save_model(directory: Path, vocabulary: int) -> None:
-    """A causal language model; another size of the vocabulary gives other tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<end>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["the cat sat on the mat and the rat ate the hat"], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("swarm")
-    save_model(folder / "one", 270)
-    save_model(folder / "two", 285)
+    save_small_llama(folder / "one", 270)
+    save_small_llama(folder / "two", 285)
     particle = {
         "schema_version": 1,
         "name": "mostly-one",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,22 +10,17 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EXPERTS = Path(__file__).parents[2] / ".cache" / "experts"
+from tests.conftest import real_expert_dir
+
 NAMES = ("smollm2", "gemma3")
 
-pytestmark = [
-    pytest.mark.real_experts,
-    pytest.mark.skipif(
-        not all((EXPERTS / name / "token_swarm.json").exists() for name in NAMES),
-        reason="the demo experts are not in .cache/experts: run `make experts`",
-    ),
-]
+pytestmark = pytest.mark.real_experts
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def loaded(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
     torch.set_num_threads(1)
-    directory = EXPERTS / request.param
+    directory = real_expert_dir(request.param)
     model = AutoModelForCausalLM.from_pretrained(directory)
     return request.param, model.eval(), AutoTokenizer.from_pretrained(directory)
 
@@ -54,22 +48,22 @@ def test_weights_are_bfloat16_and_tied(loaded: tuple[str, Any, Any]) -> None:
     name, model, _ = loaded
     assert model.dtype == torch.bfloat16
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-    with safe_open(EXPERTS / name / "model.safetensors", "pt") as weights:
+    with safe_open(real_expert_dir(name) / "model.safetensors", "pt") as weights:
         assert "lm_head.weight" not in weights.keys()  # noqa: SIM118 (safe_open is no mapping)
         assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118
 
 
 def test_answers_in_chat_form() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXPERTS / "smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(real_expert_dir("smollm2"))
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert AutoTokenizer.from_pretrained(EXPERTS / "gemma3").chat_template is None
+    assert AutoTokenizer.from_pretrained(real_expert_dir("gemma3")).chat_template is None
 
 
 def test_smollm2_tokenizer_is_the_published_one() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXPERTS / "smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(real_expert_dir("smollm2"))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     assert backend["pre_tokenizer"] == {
         "type": "Sequence",
@@ -84,7 +78,7 @@ def test_smollm2_tokenizer_is_the_published_one() -> None:
 
 
 def test_gemma3_tokenizer_is_sentencepiece_without_a_dummy_prefix() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXPERTS / "gemma3")
+    tokenizer = AutoTokenizer.from_pretrained(real_expert_dir("gemma3"))
     assert len(tokenizer) == 262144
 
     def pieces(text: str) -> list[str]:
@@ -109,7 +103,7 @@ def test_end_of_text_ids(loaded: tuple[str, Any, Any]) -> None:
 
 
 def test_gemma3_config_matches_the_architecture() -> None:
-    config = json.loads((EXPERTS / "gemma3" / "config.json").read_text())
+    config = json.loads((real_expert_dir("gemma3") / "config.json").read_text())
     assert config["layer_types"] == (["sliding_attention"] * 5 + ["full_attention"]) * 3
     assert config["rope_parameters"] == {
         "full_attention": {"rope_theta": 1_000_000.0, "rope_type": "default"},
@@ -126,7 +120,7 @@ def test_gemma3_config_matches_the_architecture() -> None:
 
 
 def test_smollm2_config_matches_the_architecture() -> None:
-    config = json.loads((EXPERTS / "smollm2" / "config.json").read_text())
+    config = json.loads((real_expert_dir("smollm2") / "config.json").read_text())
     assert config["rope_parameters"] == {"rope_theta": 100_000.0, "rope_type": "default"}
     assert (config["rope_theta"], config["rms_norm_eps"], config["max_position_embeddings"]) == (
         1e5,
@@ -136,6 +130,6 @@ def test_smollm2_config_matches_the_architecture() -> None:
 
 
 def test_terms_lie_beside_the_model() -> None:
-    assert "Apache License" in (EXPERTS / "smollm2" / "LICENSE").read_text()
-    assert "Gemma Terms of Use" in (EXPERTS / "gemma3" / "GEMMA_TERMS.html").read_text()
-    assert "ai.google.dev/gemma/terms" in (EXPERTS / "gemma3" / "NOTICE").read_text()
+    assert "Apache License" in (real_expert_dir("smollm2") / "LICENSE").read_text()
+    assert "Gemma Terms of Use" in (real_expert_dir("gemma3") / "GEMMA_TERMS.html").read_text()
+    assert "ai.google.dev/gemma/terms" in (real_expert_dir("gemma3") / "NOTICE").read_text()

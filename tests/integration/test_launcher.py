@@ -19,45 +19,18 @@ from token_swarm_server.config import ExpertSettings, load_settings
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.launcher import LaunchError, launch
 from token_swarm_server.models import resolve_models
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import T5Config, T5ForConditionalGeneration
+
+from tests.conftest import save_small_llama, save_small_tokenizer
 
 START_SECONDS = 240
 """An expert's imports alone take seconds, and much longer beside other work."""
 
 
-def save_tokenizer(directory: Path) -> int:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["the cat sat on the mat and the rat ate the hat"], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
-    return tokenizer.get_vocab_size()
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A causal language model of a few kilobytes."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(directory),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return save_small_llama(tmp_path_factory.mktemp("models") / "tiny", 300)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +38,7 @@ def translator(tmp_path_factory) -> Path:
     """A model that is no causal language model."""
     directory = tmp_path_factory.mktemp("models") / "translator"
     config = T5Config(
-        vocab_size=save_tokenizer(directory), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2
+        vocab_size=save_small_tokenizer(directory, 300), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2
     )
     T5ForConditionalGeneration(config).save_pretrained(directory)
     return directory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from tests.conftest import real_expert_dir
 from token_swarm.experts.token_bytes import (
     canonical_digest,
     check_round_trip,
@@ -21,21 +21,14 @@ from token_swarm.experts.token_bytes import (
 )
 from token_swarm.vocabulary import Vocabulary
 
-EXPERTS = Path(__file__).parents[2] / ".cache" / "experts"
 NAMES = ("smollm2", "gemma3")
 
-pytestmark = [
-    pytest.mark.real_experts,
-    pytest.mark.skipif(
-        not all((EXPERTS / name / "token_swarm.json").exists() for name in NAMES),
-        reason="the demo experts are not in .cache/experts: run `make experts`",
-    ),
-]
+pytestmark = pytest.mark.real_experts
 
 
 @cache
 def load(name: str) -> tuple[Any, Vocabulary]:
-    directory = EXPERTS / name
+    directory = real_expert_dir(name)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     config = AutoConfig.from_pretrained(directory)
     eos_ids = eos_ids_of(config, GenerationConfig.from_pretrained(directory), tokenizer)
@@ -100,7 +93,7 @@ def test_serialised_form_keeps_the_fingerprint(name: str, eos: tuple[int, ...]) 
     assert copy == vocabulary
     assert copy.fingerprint == vocabulary.fingerprint
     assert copy.eos_ids == eos
-    again = AutoTokenizer.from_pretrained(EXPERTS / name)
+    again = AutoTokenizer.from_pretrained(real_expert_dir(name))
     assert canonical_digest(again) == canonical_digest(tokenizer)
 
 

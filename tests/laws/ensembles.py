@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from token_swarm.decoding.decoder import Decoder
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.contract import Expert
@@ -56,16 +55,6 @@ def settle(local: LocalEnsemble, experts: Mapping[str, Expert], unit: ByteUnit) 
 def words(alphabet: str, length: int) -> list[bytes]:
     """Every text over `alphabet` up to a length."""
     return ["".join(w).encode() for n in range(length + 1) for w in itertools.product(alphabet, repeat=n)]
-
-
-def run(local: LocalEnsemble, decoder: Decoder) -> bytes:
-    """Drive a decoder to its end."""
-    try:
-        while calls := decoder.calls():
-            decoder.resume(local.run(calls))
-    finally:
-        local.run(decoder.close())
-    return decoder.text
 
 
 GREEDY = Shaping(temperature=0.0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.laws.ensembles import GREEDY, LONG, NESTED, VOCABULARIES, byte_unit, run, settle, toys
+from tests.laws.ensembles import GREEDY, LONG, NESTED, VOCABULARIES, byte_unit, settle, toys
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.lanes import LaneTable, common_prefix
 from token_swarm.decoding.request import DecodeRequest, FinishReason
@@ -120,7 +120,7 @@ def test_no_kv_is_left_behind() -> None:
     local = LocalEnsemble(experts)
     for seed in range(5):
         decoder = local.decoder("ab", Mixture({"e0": 0.5, "e1": 0.5}), DecodeRequest(seed=seed, max_bytes=20))
-        run(local, decoder)
+        list(local.stream(decoder))
         assert all(not expert._held for expert in experts.values())  # type: ignore[attr-defined]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from token_swarm_server.config import ConfigError, ExpertSettings, load_settings
 
-from token_swarm.mixing.byte_unit import DEFAULT_EPSILON, DEFAULT_WINDOW
+from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.particle import Particle
 
 ROOT = Path(__file__).parents[2]

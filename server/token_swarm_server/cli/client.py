@@ -13,11 +13,11 @@ from grpc_status import rpc_status
 
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError
+from token_swarm_server.config import PUBLIC_MESSAGE_BYTES
 
-_MAX_MESSAGE_BYTES = 4 * 2**20
 _OPTIONS = (
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", PUBLIC_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", PUBLIC_MESSAGE_BYTES),
     # Otherwise http_proxy in the environment diverts loopback connections.
     ("grpc.enable_http_proxy", 0),
 )
