@@ -65,19 +65,33 @@ class Score:
         return -total / (math.log(2) * self.length)
 
 
-@dataclass
-class _Path:
-    """One expert's canonical way through the text. rows[j]: logits after context + tokens[:j]."""
+@dataclass(frozen=True)
+class CanonicalPath:
+    """One expert's canonical way through a text: `tokens` after `context`.
+
+    prompt: the prompt as the byte unit is to take it, with the tail that `tokens` writes again.
+    """
 
     context: tuple[int, ...]
     tokens: tuple[int, ...]
-    sequence: int
-    rows: dict[int, Tensor] = field(default_factory=dict)
-    asked: int = -1
-    law: ByteLaw | None = None
-    law_row: int = -1
+    prompt: EncodedPrompt
 
-    def canonical(self, heads: Sequence[Head]) -> Head | None:
+    @classmethod
+    def of(cls, spec: ExpertSpec, prompt: EncodedPrompt, text: str, tokens: Sequence[int]) -> CanonicalPath:
+        """tokens: the canonical tokens of what `scored_text` says.
+
+        Raises PromptTooLong, and ExpertFault when the tokens do not write the text.
+        """
+        context, whole = scored_text(spec, prompt, text)
+        length = len(context) + len(tokens)
+        if length > spec.max_context:
+            raise PromptTooLong(spec.name, length, spec.max_context)
+        if spec.vocabulary.text(tokens) != whole.encode():
+            raise ExpertFault(spec.name, "its tokens do not write the text they are to score")
+        taken = prompt if len(context) < len(prompt.tokens) else EncodedPrompt(context, 0)
+        return cls(context, tuple(tokens), taken)
+
+    def head(self, heads: Sequence[Head]) -> Head | None:
         """The head whose history lies on this way and has more of it to come, if there is one."""
         start = len(self.context)
         for head in heads:
@@ -86,15 +100,27 @@ class _Path:
                 return head
         return None
 
+
+@dataclass
+class _Pass:
+    """One expert's forwards over its path. rows[j]: logits after context + tokens[:j]."""
+
+    path: CanonicalPath
+    sequence: int
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    asked: int = -1
+    law: ByteLaw | None = None
+    law_row: int = -1
+
     def next_op(self) -> Open | Extend | None:
         """The next piece of the pass; the last token's row says nothing about the text."""
         if self.asked < 0:
             self.asked = 0
-            return Open(self.sequence, self.context, Rows.LAST)
-        stop = min(self.asked + CHUNK, len(self.tokens) - 1)
+            return Open(self.sequence, self.path.context, Rows.LAST)
+        stop = min(self.asked + CHUNK, len(self.path.tokens) - 1)
         if stop <= self.asked:
             return None
-        piece = self.tokens[self.asked : stop]
+        piece = self.path.tokens[self.asked : stop]
         self.asked = stop
         return Extend(self.sequence, piece, Rows.ALL)
 
@@ -127,24 +153,15 @@ class Scorer:
             raise BadParameter("text", text, "at least one byte")
         groups = ensemble.groups(mixture)
         specs = [spec for group in groups for spec in group.experts]
-        self._paths: dict[str, _Path] = {}
-        taken: dict[str, EncodedPrompt] = {}
-        for spec in specs:
-            name = spec.name
-            context, whole = scored_text(spec, prompts[name], text)
-            taken[name] = prompts[name] if len(context) < len(prompts[name].tokens) else EncodedPrompt(context, 0)
-            length, limit = len(context) + len(tokens[name]), spec.max_context
-            if length > limit:
-                raise PromptTooLong(name, length, limit)
-            if spec.vocabulary.text(tokens[name]) != whole.encode():
-                raise ExpertFault(name, "its tokens do not write the text they are to score")
-            self._paths[name] = _Path(context, tuple(tokens[name]), allocate(name))
+        paths = {spec.name: CanonicalPath.of(spec, prompts[spec.name], text, tokens[spec.name]) for spec in specs}
+        self._passes = {name: _Pass(path, allocate(name)) for name, path in paths.items()}
+        taken = {name: path.prompt for name, path in paths.items()}
         self._unit = ensemble.score_unit(groups, taken)
         singles = tuple(Group((spec,), (1.0,), (1.0,), 1.0, Rule.LINEAR) for spec in specs)
         self._own = ensemble.score_unit(singles, taken)
         self._text = text.encode()
         self._at = 0
-        self.score = Score(len(self._text), {name: ExpertScore(len(path.tokens)) for name, path in self._paths.items()})
+        self.score = Score(len(self._text), {name: ExpertScore(len(path.tokens)) for name, path in paths.items()})
 
     def calls(self) -> Calls:
         """The next piece of every pass that is waited for; empty when the text is scored."""
@@ -152,7 +169,7 @@ class Scorer:
             return {}
         calls: Calls = {}
         for name in self._missing():
-            op = self._paths[name].next_op()
+            op = self._passes[name].next_op()
             if op is None:
                 raise ExpertFault(name, "its tokens end before the text does")
             calls[name] = [op]
@@ -163,15 +180,15 @@ class Scorer:
         for name, (outcome,) in outcomes.items():
             if isinstance(outcome, OpError):
                 raise ExpertFault(name, outcome.message)
-            path = self._paths[name]
-            first = path.asked - outcome.shape[0] + 1
-            path.rows.update({first + i: row for i, row in enumerate(outcome)})
+            own = self._passes[name]
+            first = own.asked - outcome.shape[0] + 1
+            own.rows.update({first + i: row for i, row in enumerate(outcome)})
         while self._at < len(self._text) and not self._missing():
             self._score_byte()
 
     def close(self) -> Calls:
         """Operations that free the passes' KV."""
-        return {name: [Close(path.sequence)] for name, path in self._paths.items() if path.asked >= 0}
+        return {name: [Close(own.sequence)] for name, own in self._passes.items() if own.asked >= 0}
 
     def _missing(self) -> set[str]:
         """Feed every canonical head whose rows are here; returns the experts whose rows are not."""
@@ -182,10 +199,10 @@ class Scorer:
         return missing
 
     def _feed(self, unit: ByteUnit, index: int, group: Group) -> set[str]:
-        state, path = unit.states[index], self._paths[group.names[0]]
-        while (head := path.canonical(state.cold)) is not None:
+        state, path = unit.states[index], self._passes[group.names[0]].path
+        while (head := path.head(state.cold)) is not None:
             row = len(head.tokens) - len(path.context)
-            missing = {name for name in group.names if row not in self._paths[name].rows}
+            missing = {name for name in group.names if row not in self._passes[name].rows}
             if missing:
                 return missing
             state.feed(head, self._law(unit, index, group, row))
@@ -193,16 +210,16 @@ class Scorer:
 
     def _law(self, unit: ByteUnit, index: int, group: Group, row: int) -> ByteLaw:
         """A group's law after `row` tokens. Where it is also its only expert's own law, it is made once."""
-        path = self._paths[group.names[0]]
+        first = self._passes[group.names[0]]
         own = len(group.names) == 1 and group.exponents == (1.0,) and group.temperatures == (1.0,)
-        law = path.law if own and path.law_row == row else None
+        law = first.law if own and first.law_row == row else None
         if law is None:
-            law = unit.make_law(index, [self._paths[name].rows[row] for name in group.names])
+            law = unit.make_law(index, [self._passes[name].rows[row] for name in group.names])
         if own:
-            path.law, path.law_row = law, row
+            first.law, first.law_row = law, row
         if unit is self._own:
-            path.rows.pop(row)  # the ensemble's group took it first
-            token = path.tokens[row]
+            first.rows.pop(row)  # the ensemble's group took it first
+            token = first.path.tokens[row]
             position = law.trie.position(token, group.vocabulary.token_bytes[token] or b"")
             self.score.experts[group.names[0]].token_log_prob += _log(float(law.probabilities[position]))
         return law
@@ -210,7 +227,7 @@ class Scorer:
     def _score_byte(self) -> None:
         byte = self._text[self._at]
         self.score.per_byte.append(_log(float(self._unit.law()[byte])))
-        for name, law in zip(self._paths, self._own.laws, strict=True):
+        for name, law in zip(self._passes, self._own.laws, strict=True):
             self.score.experts[name].per_byte.append(_log(float(law[byte])))
         for unit in (self._unit, self._own):
             unit.advance(byte)

@@ -1,0 +1,126 @@
+"""One expert's own next-byte laws along given passages: what the score cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from token_swarm.decoding.ensemble import Ensemble
+from token_swarm.decoding.score import CanonicalPath, scored_text
+from token_swarm.errors import ExpertFault
+from token_swarm.experts.contract import Close, Expert, Extend, Fork, Op, Open, Rows
+from token_swarm.mixing.byte_law import SYMBOLS, Array
+from token_swarm.mixing.groups import Group
+from token_swarm.particle import Rule
+
+CHUNK = 64
+"""Tokens of one forward: bounds the logits in flight (64 rows of 262,144 float32 are 67 MB)."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text to score after a prompt, which is not scored; `chat`: the prompt is a user's turn."""
+
+    prompt: str
+    text: str
+    chat: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that are scored."""
+        return len(self.text.encode())
+
+
+@dataclass(frozen=True)
+class PassageLaws:
+    """laws: float64 [bytes, 257], the law before each byte of the text; token_log_prob: nats of its `tokens` tokens."""
+
+    laws: Array
+    token_log_prob: float
+    tokens: int
+
+
+class LawReader:
+    """Reads passages with one expert, as `token_swarm.decoding.score` does for an ensemble of it alone.
+
+    Passages that follow one another and share their context share its forward.
+    """
+
+    def __init__(self, expert: Expert, tries: Path | None = None) -> None:
+        """tries: folder in which the vocabulary's trie is kept."""
+        spec = expert.spec
+        self._expert, self._name = expert, spec.name
+        self._ensemble = Ensemble.of({spec.name: spec}, tries)
+        self._group = Group((spec,), (1.0,), (1.0,), 1.0, Rule.LINEAR)
+
+    def read(self, passages: Iterable[Passage]) -> Iterator[PassageLaws]:
+        """The laws of each passage, in order.
+
+        Raises PromptTooLong, and ExpertFault when the expert breaks its contract or rules out what is there.
+        """
+        paths = ((passage, self._path(passage)) for passage in passages)
+        for context, shared in groupby(paths, key=lambda pair: pair[1].context):
+            yield from self._read_shared(context, list(shared))
+
+    def _path(self, passage: Passage) -> CanonicalPath:
+        spec, encoded = self._expert.spec, self._expert.encode(passage.prompt, chat=passage.chat)
+        tokens = self._expert.tokenize(scored_text(spec, encoded, passage.text)[1])
+        return CanonicalPath.of(spec, encoded, passage.text, tokens)
+
+    def _read_shared(
+        self, context: tuple[int, ...], shared: Sequence[tuple[Passage, CanonicalPath]]
+    ) -> Iterator[PassageLaws]:
+        base, branch = 0, 1
+        try:
+            first = self._forward(Open(base, context, Rows.LAST))
+            for index, (passage, path) in enumerate(shared):
+                last = index == len(shared) - 1
+                sequence = base if last else branch
+                if not last:
+                    self._forward(Fork(base, branch))
+                yield self._follow(passage, path, self._rows(first, sequence, path.tokens[:-1]))
+                self._forward(Close(sequence))
+        finally:
+            self._expert.step([Close(base), Close(branch)])
+
+    def _rows(self, first: Tensor, sequence: int, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Logit rows [width] after the context and after each of `tokens`."""
+        yield from first
+        for start in range(0, len(tokens), CHUNK):
+            yield from self._forward(Extend(sequence, tuple(tokens[start : start + CHUNK]), Rows.ALL))
+
+    def _forward(self, op: Op) -> Tensor:
+        result = self._expert.step([op])
+        if result.errors[0] is not None:
+            raise ExpertFault(self._name, result.errors[0].message)
+        return result.rows(0)
+
+    def _follow(self, passage: Passage, path: CanonicalPath, rows: Iterator[Tensor]) -> PassageLaws:
+        unit = self._ensemble.score_unit((self._group,), {self._name: path.prompt})
+        state, vocabulary = unit.states[0], self._group.vocabulary
+        laws = np.empty((passage.size, SYMBOLS))
+        token_log_prob = 0.0
+        for at, byte in enumerate(passage.text.encode()):
+            while (head := path.head(state.cold)) is not None:
+                token = path.tokens[len(head.tokens) - len(path.context)]
+                law = unit.make_law(0, [next(rows)])
+                position = law.trie.position(token, vocabulary.token_bytes[token] or b"")
+                with np.errstate(divide="ignore"):
+                    token_log_prob += float(np.log(law.probabilities[position]))
+                state.feed(head, law)
+            laws[at] = state.law()
+            if not laws[at, byte] > 0:
+                raise ExpertFault(
+                    self._name, f"byte {at} of the text {_shown(passage.text)} has probability 0: it cannot be cached"
+                )
+            unit.advance(byte)
+        return PassageLaws(laws, token_log_prob, len(path.tokens))
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
