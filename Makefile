@@ -11,7 +11,7 @@ OWN := token_swarm server tests $(wildcard bench)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types experts proto clean
+.PHONY: help venv demo test lint types experts data proto clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,11 @@ experts: $(STAMP) ## Fetch and convert the demo experts
 	@$(BIN)/python -c 'from pathlib import Path; from rich.console import Console; \
 	from token_swarm_server.demo_experts import ensure_demo_experts; \
 	ensure_demo_experts(Path(".cache"), console=Console())'
+
+data: $(STAMP) ## Fetch and convert the evaluation data
+	@$(BIN)/python -c 'from pathlib import Path; from rich.console import Console; \
+	from token_swarm_server.search_data import ensure_search_data; \
+	ensure_search_data(Path(".cache"), console=Console(), texts=[Path("tests/data/prose.txt"), Path("tests/data/dialogue.txt")])'
 
 # An older protoc than the one we run with: generated code demands at least the runtime it was made by.
 proto: $(STAMP) .venv-proto/.installed ## Generate token_swarm/v1 from protos/

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 from token_swarm.particle import Mixture
 from token_swarm.search.score_cache import ScoreCache
-from token_swarm.search.scoring import Passage
 from token_swarm.search.utility import Array, Scores, as_items
 
 
 class LogLikelihood:
-    """How probable the examples' texts are; exact, from a cache of `passages_of` the examples.
+    """How probable the examples' texts are; exact, from the cache.
 
     values: nats of each text; weights: its bytes; the utility is nats per byte.
     """
