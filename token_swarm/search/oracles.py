@@ -12,7 +12,11 @@ import numpy.typing as npt
 from scipy.optimize import minimize
 
 from token_swarm.errors import BadParameter
-from token_swarm.search.utility import Array
+from token_swarm.particle import Mixture, Rule
+from token_swarm.search.space import Space
+from token_swarm.search.subset import Subset
+from token_swarm.search.utilities.likelihood import LogLikelihood
+from token_swarm.search.utility import Array, Utility
 
 _CHUNK = 4096  # positions whose laws are in float64 at a time: 4096 x 6 x 257 x 8 bytes are 50 MB
 
@@ -77,34 +81,50 @@ def lbfgs_log_linear(
     if excluding:
         raise BadParameter(f"log_probs of expert {excluding[0]}", "-inf", "finite where the symbol was there")
 
-    def derivatives(weights: Array) -> tuple[float, Array, Array]:
-        """Mean log-likelihood, its gradient [experts] and the covariance of the experts' log-laws, -Hessian."""
+    def derivatives(weights: Array, *, second: bool) -> tuple[float, Array, Array]:
+        """Mean log-likelihood, its gradient [experts] and, if asked, the covariance of the log-laws, -Hessian."""
         total, slope, covariance = 0.0, np.zeros(experts), np.zeros((experts, experts))
         for low in range(0, positions, _CHUNK):
             laws = log_probs[low : low + _CHUNK].astype(np.float64)
             possible = np.asarray(np.isfinite(laws).all(axis=1))  # what one expert excludes is excluded
             laws = np.where(possible[:, None, :], laws, 0.0)
-            joint = np.where(possible, np.einsum("pes,e->ps", laws, weights), -np.inf)
+            joint = np.where(possible, weights @ laws, -np.inf)  # [positions, symbols]
             peak = joint.max(axis=1)
             mixed = np.exp(joint - peak[:, None])
             norm = mixed.sum(axis=1)
             mixed /= norm[:, None]
             chosen = at_target[low : low + _CHUNK]
-            expected = np.einsum("pes,ps->pe", laws, mixed)
+            expected = (laws @ mixed[:, :, None])[:, :, 0]  # [positions, experts]
             total += float((chosen @ weights - peak - np.log(norm)).sum())
             slope += (chosen - expected).sum(axis=0)
-            weighted = laws * np.sqrt(mixed)[:, None, :]
-            covariance += np.einsum("pes,pfs->ef", weighted, weighted, optimize=True) - expected.T @ expected
+            if second:
+                laws *= np.sqrt(mixed)[:, None, :]
+                covariance += (laws @ laws.transpose(0, 2, 1)).sum(axis=0) - expected.T @ expected
         return total / positions, slope / positions, covariance / positions
 
     def loss(weights: Array) -> tuple[float, Array]:
-        value, slope, _ = derivatives(weights)
+        value, slope, _ = derivatives(weights, second=False)
         return -value, -slope
 
     options = {"gtol": tolerance, "ftol": 0.0, "maxiter": 500, "maxcor": 2 * experts + 5}
     found = minimize(loss, np.full(experts, 1 / experts), jac=True, method="L-BFGS-B", options=options)
     weights = np.asarray(found.x, dtype=np.float64)
-    value, slope, covariance = derivatives(weights)
+    value, slope, covariance = derivatives(weights, second=True)
     # Experts that are alike leave directions without curvature, and without a slope: the pseudo-inverse skips them.
     remaining = float(slope @ np.linalg.pinv(covariance, hermitian=True) @ slope) / 2
     return Optimum(weights, value, remaining, int(found.nit))
+
+
+def likelihood_optimum(space: Space, utility: Utility) -> tuple[Mixture, Optimum] | None:
+    """The best mixture of `space` by the oracle of its rule; None where no oracle knows the utility.
+
+    Oracles know log-likelihoods without temperatures. Raises what they raise.
+    """
+    whole, passages = (utility.whole, utility.indices) if isinstance(utility, Subset) else (utility, None)
+    if not isinstance(whole, LogLikelihood) or space.temperatures or whole.cache.experts != space.experts:
+        return None
+    if space.rule is Rule.LINEAR:
+        optimum = em_linear(whole.cache.masses(passages).numpy())
+    else:
+        optimum = lbfgs_log_linear(whole.cache.log_probs(passages).numpy(), whole.cache.targets(passages).numpy())
+    return space.mixture(optimum.weights), optimum

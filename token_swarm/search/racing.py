@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture
+from token_swarm.search.subset import evaluate
 from token_swarm.search.utility import Array, Evaluator, Utility
 
 RUNGS = (25, 50, 100)
@@ -32,7 +33,7 @@ class Judged:
 
 def judge(evaluator: Evaluator, utility: Utility, mixtures: Sequence[Mixture]) -> Judged:
     """Every mixture on every example."""
-    scores = evaluator.evaluate(utility, mixtures)
+    scores = evaluate(evaluator, utility, mixtures)
     return Judged(scores.utility(), len(mixtures) * utility.items, _reasons(scores, range(len(mixtures))))
 
 
@@ -64,7 +65,7 @@ class Race:
         examples = seen = 0
         for rung in [*self._rungs, utility.items]:
             chosen = None if rung == utility.items else np.sort(self._order[:rung]).tolist()
-            scores = evaluator.evaluate(utility, [mixtures[i] for i in alive], chosen)
+            scores = evaluate(evaluator, utility, [mixtures[i] for i in alive], chosen)
             values = scores.utility()
             examples += len(alive) * (rung - seen)
             seen = rung
