@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import EXPERTS
 from tests.laws.ensembles import DUPLICATES, LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.errors import BadParameter, ExpertFault, FailedPrecondition, PromptTooLong, UnknownName
@@ -66,8 +67,10 @@ def experts() -> dict[str, Expert]:
     return toys(VOCABULARIES)
 
 
-def build(root: Path, experts: dict[str, Expert], passages: Sequence[Passage] = PASSAGES) -> ScoreCache:
-    return ScoreCache(root, [fill(root, expert, passages) for expert in experts.values()], passages)
+def build(
+    root: Path, experts: dict[str, Expert], passages: Sequence[Passage] = PASSAGES, tries: Path | None = None
+) -> ScoreCache:
+    return ScoreCache(root, [fill(root, expert, passages, tries=tries) for expert in experts.values()], passages)
 
 
 def test_a_cached_score_is_the_scorers(tmp_path: Path, experts: dict[str, Expert]) -> None:
@@ -281,10 +284,11 @@ def test_log_likelihood_is_nats_per_byte(tmp_path: Path, experts: dict[str, Expe
     assert utility.items == len(PASSAGES)
     assert scores.utility() == pytest.approx(cache.score(MIXTURES).sum(1) / cache.sizes.sum())
     assert bits_per_byte(scores)[0] == pytest.approx(-scores.utility()[0] / np.log(2))
-    later = LogLikelihood(cache, first=2, items=3)
-    assert later.evaluate(MIXTURES, [0, 2]).values == pytest.approx(scores.values[:, [2, 4]], abs=1e-12)
+    some = utility.evaluate(MIXTURES, [4, 2])
+    assert some.values == pytest.approx(scores.values[:, [4, 2]], abs=1e-12)
+    assert some.utility() == pytest.approx(scores.take([4, 2]).utility(), abs=1e-12)
     with pytest.raises(IndexError, match="items"):
-        later.evaluate(MIXTURES, [3])
+        utility.evaluate(MIXTURES, [len(PASSAGES)])
 
 
 @pytest.mark.real_experts
@@ -293,7 +297,8 @@ def test_real_experts_too(tmp_path: Path, real_expert: Callable[[str], Transform
     code = (data / "module.py.txt").read_text(encoding="utf-8")
     passages = [Passage("", code[:160]), Passage(code[160:207], code[207:300])]
     experts: dict[str, Expert] = {name: real_expert(name) for name in ("smollm2", "gemma3")}
-    cache, local = build(tmp_path, experts, passages), LocalEnsemble(experts)
+    tries = EXPERTS.parent / "tries"
+    cache, local = build(tmp_path, experts, passages, tries), LocalEnsemble(experts, tries)
     for mixture in (
         Mixture({"smollm2": 0.3, "gemma3": 0.7}, Rule.LINEAR),
         Mixture({"smollm2": 0.9, "gemma3": 0.4}),

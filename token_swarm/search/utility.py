@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,10 @@ import numpy.typing as npt
 from token_swarm.particle import Mixture
 
 Array: TypeAlias = npt.NDArray[np.float64]
+
+
+class UtilityUnavailable(RuntimeError):
+    """No mixture can be judged now: an endpoint does not answer, a budget is spent. It stops the search."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,20 @@ class Scores:
     def utility(self) -> Array:
         """values.sum(1) / weights.sum(): float64 [mixtures], NaN for a mixture that failed."""
         return np.asarray(self.values.sum(axis=1) / self.weights.sum(), dtype=np.float64)
+
+    def take(self, columns: Sequence[int] | npt.NDArray[np.int64]) -> Self:
+        """The same mixtures on some of the items, each as often as it is named: a subset, or a resample."""
+        chosen = np.asarray(columns, dtype=np.int64)
+        return replace(self, values=self.values[:, chosen], weights=self.weights[chosen])
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Scores of the mixtures of all `parts`, which were judged on the same items."""
+        values = np.concatenate([part.values for part in parts])
+        failures = tuple(f for part in parts for f in part.failures or (None,) * len(part.values))
+        # A part in which everything failed knows nothing of the weights.
+        told = next((part for part in parts if not np.isnan(part.values).all()), parts[0])
+        return replace(told, values=values, failures=failures if any(failures) else ())
 
 
 class Utility(Protocol):
@@ -81,9 +99,3 @@ def as_items(items: Sequence[int] | None, count: int) -> npt.NDArray[np.int64]:
     if chosen.size and (chosen.min() < 0 or chosen.max() >= count):
         raise IndexError(f"items: {chosen.min()} to {chosen.max()}, the utility has 0 to {count - 1}")
     return chosen.astype(np.int64)
-
-
-def failed(mixture_count: int, weights: Any, reasons: Sequence[str]) -> Scores:
-    """Scores of mixtures that all failed."""
-    weights = np.asarray(weights, dtype=np.float64)
-    return Scores(np.full((mixture_count, weights.size), np.nan), weights, tuple(reasons))

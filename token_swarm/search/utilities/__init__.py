@@ -3,6 +3,44 @@
 Every one is a plain object with `evaluate`; `token_swarm.search.utility` says what that means.
 """
 
+from token_swarm.search.utilities.choices import MultipleChoice, Normalise, Preference
+from token_swarm.search.utilities.generation import (
+    NUMBER,
+    ExactMatch,
+    Generate,
+    GeneratedUtility,
+    Generations,
+    Regex,
+    local_generate,
+)
+from token_swarm.search.utilities.harmonic import Harmonic, HarmonicScores
+from token_swarm.search.utilities.judge import Judge, JudgeClient, JudgeSettings, JudgeUsage
 from token_swarm.search.utilities.likelihood import LogLikelihood, bits_per_byte
+from token_swarm.search.utilities.prefixes import PrefixSharing
+from token_swarm.search.utilities.reward import Reward, RewardFunction, SequenceClassifier, load_function
 
-__all__ = ["LogLikelihood", "bits_per_byte"]
+__all__ = [
+    "NUMBER",
+    "ExactMatch",
+    "Generate",
+    "GeneratedUtility",
+    "Generations",
+    "Harmonic",
+    "HarmonicScores",
+    "Judge",
+    "JudgeClient",
+    "JudgeSettings",
+    "JudgeUsage",
+    "LogLikelihood",
+    "MultipleChoice",
+    "Normalise",
+    "Preference",
+    "PrefixSharing",
+    "Regex",
+    "Reward",
+    "RewardFunction",
+    "SequenceClassifier",
+    "bits_per_byte",
+    "load_function",
+    "local_generate",
+]

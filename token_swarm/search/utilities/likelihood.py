@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 
 from token_swarm.particle import Mixture
+from token_swarm.search.data import TextExample
 from token_swarm.search.score_cache import ScoreCache
+from token_swarm.search.scoring import Passage
 from token_swarm.search.utility import Array, Scores, as_items
 
 
 class LogLikelihood:
-    """How probable the examples' texts are; exact, from the cache.
+    """How probable the examples' texts are; exact, from a cache of `passages` of the examples.
 
     values: nats of each text; weights: its bytes; the utility is nats per byte.
     """
@@ -19,15 +21,19 @@ class LogLikelihood:
     name = "loglikelihood"
     smooth = True
 
-    def __init__(self, cache: ScoreCache, first: int = 0, items: int | None = None) -> None:
-        """The examples are passages `first` to `first + items` of the cache; all that follow for None."""
-        self.cache, self._first = cache, first
-        self.items = len(cache.passages) - first if items is None else items
+    def __init__(self, cache: ScoreCache) -> None:
+        self.cache = cache
+        self.items = len(cache.passages)
+
+    @staticmethod
+    def passages(examples: Sequence[TextExample]) -> list[Passage]:
+        """What the cache must hold."""
+        return [Passage(example.prompt, example.text, example.chat) for example in examples]
 
     def evaluate(self, mixtures: Sequence[Mixture], items: Sequence[int] | None = None) -> Scores:
         """See `Utility.evaluate`. Raises what `ScoreCache.score` raises."""
-        chosen = (as_items(items, self.items) + self._first).tolist()
-        return Scores(self.cache.score(mixtures, chosen), self.cache.sizes[chosen])
+        chosen = as_items(items, self.items)
+        return Scores(self.cache.score(mixtures, chosen.tolist()), self.cache.sizes[chosen])
 
 
 def bits_per_byte(scores: Scores) -> Array:
