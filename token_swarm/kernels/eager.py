@@ -1,4 +1,7 @@
-"""The kernels in torch eager: float32 exponentials, float64 sums. Float64 logits stay float64 throughout."""
+"""The kernels in torch eager: float32 exponentials, float64 sums. Float64 logits stay float64 throughout.
+
+What runs where the C++ kernels were not built, for float64 rows, and what the others are measured against.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +10,138 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from token_swarm.kernels import reference
+from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
 
 
 def mix(
     logits: Sequence[Tensor],
-    weights: Sequence[float],
-    temperatures: Sequence[float],
+    weights: Tensor,
+    temperatures: Tensor,
     rule: Rule,
     allowed: Tensor,
 ) -> Tensor:
-    """As `reference.mix`; float32 [width], or float64 when the logits are."""
-    rows = [_prepare(row, t, allowed) for row, t in zip(logits, temperatures, strict=True)]
-    if rule is Rule.LINEAR:
-        total = sum(weights)
-        mixed = torch.softmax(rows[0], dim=-1).mul_(weights[0] / total)
-        for weight, row in zip(weights[1:], rows[1:], strict=True):
-            mixed.add_(torch.softmax(row, dim=-1), alpha=weight / total)
-        return mixed
-    if len(rows) == 1 and weights[0] == 1:
-        return torch.softmax(rows[0], dim=-1)
-    # The experts' normalisers are constants of the row, so the weighted sum of raw logits has the same softmax.
-    joint = torch.zeros_like(rows[0])
-    for weight, row in zip(weights, rows, strict=True):
-        if weight != 0:
-            joint.add_(row - row.max(), alpha=weight)
-    joint.masked_fill_(~(allowed & torch.isfinite(joint)), -torch.inf)
-    return torch.softmax(joint, dim=-1)
+    """As `reference.mix`; float32 [rows, width], or float64 when the logits are."""
+    mixed: Tensor | None = None
+    # Rows that an expert poisons, and rows that nobody was asked for.
+    bad = (weights == 0).all(1, keepdim=True)
+    total = weights.sum(1, keepdim=True)
+    for index, table in enumerate(logits):
+        weight = weights[:, index, None].to(table.device)
+        if not bool(weight.any()):
+            continue
+        row = table if table.dtype in (torch.float32, torch.float64) else table.float()
+        row = row.masked_fill(~allowed, -torch.inf)
+        temperature = temperatures[:, index, None].to(table.device)
+        top = row.amax(1, keepdim=True)
+        bad = bad | ((weight != 0) & ~top.isfinite())
+        if rule is Rule.LINEAR:
+            if bool((temperature != 1).any()):
+                # The largest is taken off first: dividing large logits would round away what tells them apart.
+                row = row.sub_(top).div_(temperature.to(row.dtype))
+            part = torch.softmax(row, dim=-1).mul_((weight / total).to(row.dtype))
+        else:
+            # The normalisers are constants of the row, so the weighted sum of raw logits has the same softmax.
+            part = row.sub_(top).mul_((weight / temperature).to(row.dtype))
+            part = part.masked_fill_(~part.isfinite(), -torch.inf)
+        if bool((weight == 0).any()):
+            part = torch.where(weight != 0, part, 0.0)
+        mixed = part if mixed is None else mixed.add_(part)
+    if mixed is None:
+        return torch.full((weights.shape[0], allowed.numel()), torch.nan)
+    if rule is Rule.LOG_LINEAR:
+        mixed = torch.softmax(mixed, dim=-1)
+    return mixed.masked_fill_(bad, torch.nan) if bool(bad.any()) else mixed
 
 
-def _prepare(row: Tensor, temperature: float, allowed: Tensor) -> Tensor:
-    row = row if row.dtype in (torch.float32, torch.float64) else row.float()
-    masked = row.masked_fill(~allowed, -torch.inf)
-    top = float(masked.max())  # NaN and +inf both show here: max propagates NaN
-    if not -torch.inf < top < torch.inf:
-        raise ValueError("logits hold NaN or +inf, or no allowed token has a finite logit")
-    return masked if temperature == 1 else masked.div_(temperature)
+def mix_union(
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    temperatures: Tensor,
+    rule: Rule,
+    union: UnionMap,
+    floor: float,
+) -> Tensor:
+    """As `reference.mix_union`; float32 unless the logits are float64."""
+    wide = any(table.dtype == torch.float64 for table in logits)
+    return reference.mix_union(logits, weights, temperatures, rule, union, floor).to(
+        torch.float64 if wide else torch.float32
+    )
 
 
-def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.prefix_mass`."""
-    ordered = probabilities.index_select(0, order)
-    total = torch.empty(order.numel() + 1, dtype=torch.float64)
-    total[0] = 0
-    # Converted first: summing float32 into float64 falls back to a loop that is eight times slower.
-    torch.cumsum(ordered.double(), dim=0, out=total[1:])
-    return ordered, total
+def shape(probabilities: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """As `reference.shape`, in the dtype of the probabilities."""
+    rows = [
+        _shape_row(row, *settings)
+        for row, *settings in zip(
+            probabilities, temperature.tolist(), top_k.tolist(), top_p.tolist(), min_p.tolist(), strict=True
+        )
+    ]
+    return torch.stack(rows)
+
+
+def _shape_row(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    if temperature == 0 or (temperature, top_k, top_p, min_p) == (1, 0, 1, 0):
+        return row
+    # Scaled by the largest first: p^(1/T) of a small T would underflow to all zeros.
+    shaped = row if temperature == 1 else (row / row.max()).pow(1 / temperature)
+    threshold = min_p * float(shaped.max())
+    if 0 < top_k < shaped.numel():
+        threshold = max(threshold, float(torch.topk(shaped, top_k).values[-1]))
+    # NaN is not below any threshold, so that a bad row stays bad.
+    shaped = shaped.masked_fill(shaped < threshold, 0.0) if threshold > 0 else shaped
+    shaped = shaped / shaped.sum()
+    return _nucleus(shaped, top_p) if top_p < 1 and not bool(shaped[0].isnan()) else shaped
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest most probable tokens whose mass reaches `top_p`; sorts candidates, not the vocabulary."""
+    count = min(1024, probabilities.numel())
+    while True:
+        ranked = torch.topk(probabilities, count).values
+        cumulative = torch.cumsum(ranked, 0, dtype=torch.float64)
+        if count == probabilities.numel() or float(cumulative[-1]) >= top_p:
+            break
+        count = min(8 * count, probabilities.numel())
+    last = min(int(torch.searchsorted(cumulative, top_p)), count - 1)
+    kept = torch.where(probabilities >= ranked[last], probabilities, 0.0)
+    return kept / kept.sum()
+
+
+choose = reference.choose
+prefix_mass = reference.prefix_mass
+
+
+def score_linear(masses: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """As `reference.score_linear`; float64, because a small weight times a small mass underflows in float32."""
+    return _by_item((weights.double() @ masses.double()).log_(), offsets)
+
+
+def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """As `reference.score_log_linear`, in the dtype of the cache and in pieces that fit the cache of a processor."""
+    scores = torch.empty((weights.shape[0], targets.numel()), dtype=log_probs.dtype)
+    piece = max(1, 2**21 // max(1, weights.shape[0] * log_probs.shape[2]))
+    own = weights.to(log_probs.dtype)
+    for low in range(0, targets.numel(), piece):
+        laws = log_probs[low : low + piece]
+        joint = torch.einsum("pe,nes->pns", own, laws)
+        joint = joint.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        at = targets[None, low : low + piece, None].expand(joint.shape[0], -1, 1)
+        scores[:, low : low + piece] = joint.gather(2, at)[..., 0] - joint.logsumexp(2)
+    unasked = (own == 0).any(1).nonzero()[:, 0].tolist()
+    if unasked and bool(log_probs.isneginf().any()):
+        # 0 * -inf excludes nothing: those particles are done without the experts they do not ask.
+        for particle in unasked:
+            scores[particle] = reference.score_log_linear(
+                log_probs, targets, weights[particle, None], torch.arange(targets.numel() + 1)
+            )[0].to(scores.dtype)
+    return _by_item(scores, offsets)
+
+
+def _by_item(scores: Tensor, offsets: Tensor) -> Tensor:
+    lengths = offsets.diff()
+    items = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
+    total = torch.zeros((scores.shape[0], lengths.numel()), dtype=torch.float64)
+    low, high = int(offsets[0]), int(offsets[-1])
+    return total.index_add_(1, items, scores[:, low:high].double())

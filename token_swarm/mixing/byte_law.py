@@ -83,7 +83,7 @@ class LawMaker:
 
     def __init__(self, trie: ByteTrie, eos_ids: tuple[int, ...]) -> None:
         self.trie = trie
-        self._order = torch.from_numpy(trie.order)
+        self._order = torch.from_numpy(trie.order.astype(np.int32))
         self._eos_ids = eos_ids
 
     def __call__(
@@ -94,5 +94,5 @@ class LawMaker:
     ) -> ByteLaw:
         """The byte law of token probabilities [width]."""
         end = float(sum(probabilities[eos].item() for eos in self._eos_ids))
-        ordered, cumulative = kernels.prefix_mass(probabilities, self._order)
-        return ByteLaw(self.trie, ordered.numpy(), cumulative.numpy(), end, members, make_unshaped)
+        ordered, cumulative = kernels.prefix_mass(probabilities[None], self._order)
+        return ByteLaw(self.trie, ordered[0].numpy(), cumulative[0].numpy(), end, members, make_unshaped)

@@ -62,17 +62,19 @@ class Group:
             if row.shape != (self.vocabulary.width,):
                 shape = tuple(row.shape)
                 raise ExpertFault(spec.name, f"logit row of shape {shape}, not [{self.vocabulary.width}]")
-        try:
-            return kernels.mix(rows, self.exponents, self.temperatures, self.rule, self._allowed)
-        except ValueError as error:
-            raise ExpertFault("+".join(self.names), str(error)) from error
+        mixed = self._mix(rows, self.exponents, self.temperatures)
+        if bool(mixed[0].isnan()):
+            raise ExpertFault("+".join(self.names), "logits hold NaN or +inf, or no allowed token has a finite logit")
+        return mixed
 
     def member_laws(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Each member's own token probabilities at its temperature."""
-        return [
-            kernels.mix([row], [1.0], [temperature], Rule.LINEAR, self._allowed)
-            for row, temperature in zip(rows, self.temperatures, strict=True)
-        ]
+        return [self._mix([row], [1.0], [heat]) for row, heat in zip(rows, self.temperatures, strict=True)]
+
+    def _mix(self, rows: Sequence[Tensor], weights: Sequence[float], temperatures: Sequence[float]) -> Tensor:
+        table = torch.tensor([weights, temperatures], dtype=torch.float64)
+        logits = [row[None] for row in rows]
+        return kernels.mix(logits, table[:1], table[1:], self.rule, self._allowed)[0]
 
     def split(self, masses: npt.ArrayLike) -> dict[str, float]:
         """Share of each member when they gave a symbol `masses` [members, or 1 for all], |exponent| as prior."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from token_swarm import kernels
 from token_swarm.errors import BadParameter
 
 
@@ -54,29 +55,10 @@ class Shaping:
         """probabilities: [width], summing to 1. Returns a reshaped copy that sums to 1."""
         if not self.changes_law:
             return probabilities
-        shaped = probabilities
-        if self.temperature != 1:
-            # Scaled by the largest first: p^(1/T) of a small T would underflow to all zeros.
-            shaped = (shaped / shaped.max()).pow(1 / self.temperature)
-        threshold = self.min_p * float(shaped.max())
-        if 0 < self.top_k < shaped.numel():
-            threshold = max(threshold, float(torch.topk(shaped, self.top_k).values[-1]))
-        shaped = torch.where(shaped >= threshold, shaped, 0.0) if threshold > 0 else shaped
-        shaped = shaped / shaped.sum()
-        if self.top_p < 1:
-            shaped = _nucleus(shaped, self.top_p)
-        return shaped
-
-
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest most probable tokens whose mass reaches `top_p`; sorts candidates, not the vocabulary."""
-    count = min(1024, probabilities.numel())
-    while True:
-        ranked = torch.topk(probabilities, count).values
-        cumulative = torch.cumsum(ranked, 0, dtype=torch.float64)
-        if count == probabilities.numel() or float(cumulative[-1]) >= top_p:
-            break
-        count = min(8 * count, probabilities.numel())
-    last = min(int(torch.searchsorted(cumulative, top_p)), count - 1)
-    kept = torch.where(probabilities >= ranked[last], probabilities, 0.0)
-    return kept / kept.sum()
+        return kernels.shape(
+            probabilities[None],
+            torch.tensor([self.temperature], dtype=torch.float64),
+            torch.tensor([self.top_k]),
+            torch.tensor([self.top_p], dtype=torch.float64),
+            torch.tensor([self.min_p], dtype=torch.float64),
+        )[0]

@@ -72,7 +72,7 @@ def _processor() -> dict[str, Any]:
 def _kernels() -> str:
     from token_swarm import kernels
 
-    return f"{kernels.mix.__module__.rpartition('.')[2]} (torch {_version('torch')})"
+    return ", ".join(f"{device}: {name}" for device, name in kernels.describe().items())
 
 
 def _shared_memory() -> str:

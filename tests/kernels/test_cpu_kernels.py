@@ -1,0 +1,261 @@
+"""C++ and torch eager against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.kernels.cases import DTYPES, MixCase, adversarial_cases, assert_probabilities, random_case, with_signs
+from token_swarm.kernels import UnionMap, eager, native, reference
+from token_swarm.particle import Rule
+from token_swarm.vocabulary import Vocabulary
+
+IMPLEMENTATIONS = [
+    pytest.param(eager, id="eager"),
+    pytest.param(
+        native,
+        id="native",
+        marks=pytest.mark.skipif(native.library() is None, reason="the C++ kernels were not built here"),
+    ),
+]
+every_implementation = pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+
+
+# Torch sums a softmax in float32 lanes: over 50,257 tokens that alone errs by more than 1e-5.
+RELATIVE = {eager: 5e-5, native: 1e-5}
+
+
+def check_mix(kernels: ModuleType, case: MixCase, rule: Rule) -> None:
+    arguments = (case.logits, case.weights, case.temperatures, rule, case.allowed)
+    assert_probabilities(kernels.mix(*arguments), reference.mix(*arguments), relative=RELATIVE[kernels])
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 2047, 2049, 5000, 50257])
+@pytest.mark.parametrize("rule", Rule)
+def test_mix_random(kernels: ModuleType, rule: Rule, width: int, dtype: torch.dtype) -> None:
+    case = random_case("random", rows=3, width=width, experts=3, dtype=dtype, seed=width)
+    check_mix(kernels, case, rule)
+    if rule is Rule.LOG_LINEAR:
+        check_mix(kernels, with_signs(case), rule)
+
+
+@every_implementation
+@pytest.mark.parametrize("case", adversarial_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("rule", Rule)
+def test_mix_adversarial(kernels: ModuleType, rule: Rule, case: MixCase) -> None:
+    if case.name == "huge range":
+        # Logits of thousands: float32 itself holds them to 2^-11 only, which the exponential makes 5e-4.
+        arguments = (case.logits, case.weights, case.temperatures, rule, case.allowed)
+        assert_probabilities(kernels.mix(*arguments), reference.mix(*arguments), relative=5e-3)
+    else:
+        check_mix(kernels, case, rule)
+    if rule is Rule.LOG_LINEAR and case.name != "huge range":
+        check_mix(kernels, with_signs(case), rule)
+
+
+@every_implementation
+@pytest.mark.parametrize("experts", [1, 2, 5])
+@pytest.mark.parametrize("rule", Rule)
+def test_mix_reads_rows_of_a_wider_table(kernels: ModuleType, rule: Rule, experts: int) -> None:
+    case = random_case("strided", rows=4, width=64, experts=experts, dtype=torch.float32, seed=1)
+    wide = tuple(torch.full((4, 80), math.nan).index_copy_(1, torch.arange(64), table)[:, :64] for table in case.logits)
+    arguments = (case.weights, case.temperatures, rule, case.allowed)
+    assert torch.equal(kernels.mix(wide, *arguments), kernels.mix(case.logits, *arguments))
+
+
+SETTINGS = [
+    # temperature, top_k, top_p, min_p
+    (1.0, 0, 1.0, 0.0),
+    (0.0, 3, 0.5, 0.1),
+    (0.7, 0, 1.0, 0.0),
+    (1.3, 0, 1.0, 0.0),
+    (0.1, 0, 1.0, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 40, 1.0, 0.0),
+    (1.0, 0, 0.9, 0.0),
+    (1.0, 0, 0.01, 0.0),
+    (1.0, 0, 0.9999, 0.0),
+    (1.0, 0, 1.0, 0.05),
+    (1.0, 0, 1.0, 1.0),
+    (0.8, 50, 0.95, 0.02),
+    (1.5, 100000, 0.3, 0.001),
+]
+
+
+def columns(rows: list[tuple[float, int, float, float]]) -> tuple[torch.Tensor, ...]:
+    heat, count, nucleus, least = zip(*rows, strict=True)
+    return (
+        torch.tensor(heat, dtype=torch.float64),
+        torch.tensor(count, dtype=torch.int64),
+        torch.tensor(nucleus, dtype=torch.float64),
+        torch.tensor(least, dtype=torch.float64),
+    )
+
+
+def distributions(width: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(width)
+    peaked = torch.softmax(torch.randn(width, generator=random) * 4, 0)
+    flat = torch.softmax(torch.randn(width, generator=random) * 1e-3, 0)
+    ties = torch.full((width,), 1.0)
+    ties[: width // 3] = 2.0
+    holes = peaked.clone()
+    holes[::2] = 0
+    return {
+        "peaked": peaked,
+        # Every value in one bin of the histogram: more than the buffer of candidates holds.
+        "flat": flat,
+        "ties": ties / ties.sum(),
+        "equal": torch.full((width,), 1 / width),
+        "holes": holes / holes.sum(),
+        "bad": torch.full((width,), math.nan),
+    }
+
+
+@every_implementation
+@pytest.mark.parametrize("width", [2, 33, 50257])
+@pytest.mark.parametrize("kind", list(distributions(4)))
+def test_shape(kernels: ModuleType, kind: str, width: int) -> None:
+    table = distributions(width)[kind].expand(len(SETTINGS), -1)
+    settings = columns(SETTINGS)
+    ours, theirs = kernels.shape(table, *settings), reference.shape(table, *settings)
+    # The kept sets may differ only by tokens where the mass reaches top_p to within the rounding of float32 sums.
+    different = ((ours > 0) != (theirs > 0)) & ~((ours == 0) & (theirs < 1e-37))  # float32 ends there
+    for row in different.any(1).nonzero()[:, 0].tolist():
+        assert SETTINGS[row][2] < 1
+        assert float(torch.where(different[row], table[row].double(), 0.0).sum()) <= 1e-6
+    same = ~different.any(1)
+    assert_probabilities(ours[same].float(), theirs[same], relative=2e-5 if kind == "peaked" else 1e-5)
+
+
+@every_implementation
+@pytest.mark.parametrize("width", [1, 5, 2048, 4097, 50257])
+def test_choose(kernels: ModuleType, width: int) -> None:
+    random = torch.Generator().manual_seed(3)
+    table = torch.softmax(torch.randn(64, width, generator=random) * 3, dim=1)
+    table[5] = math.nan
+    table[6, width // 2 :] = 0
+    table[7] = 1 / width
+    uniforms = torch.rand(64, generator=random, dtype=torch.float64)
+    uniforms[8], uniforms[9], uniforms[6] = 0.0, 1 - 2**-53, 1 - 2**-53
+    greedy = torch.arange(64) % 4 == 3
+    if width == 1:
+        table[6] = 1.0
+    tokens, log_probs = kernels.choose(table, uniforms, greedy)
+    expected, expected_log_probs = reference.choose(table, uniforms, greedy)
+    assert torch.equal(tokens, expected)
+    assert torch.allclose(log_probs, expected_log_probs, rtol=0, atol=1e-6, equal_nan=True)
+    assert tokens[5] == -1
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", Rule)
+def test_sample_is_the_composition(kernels: ModuleType, rule: Rule, dtype: torch.dtype) -> None:
+    case = random_case("sample", rows=len(SETTINGS), width=5000, experts=2, dtype=dtype, seed=9)
+    settings = columns(SETTINGS)
+    uniforms = torch.rand(len(SETTINGS), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    arguments = (case.logits, case.weights, case.temperatures, rule, case.allowed)
+    ours = kernels.choose(kernels.shape(kernels.mix(*arguments), *settings), uniforms, settings[0] == 0)
+    exact = reference.choose(reference.shape(reference.mix(*arguments), *settings), uniforms, settings[0] == 0)
+    assert torch.equal(ours[0], exact[0])
+    assert torch.allclose(ours[1], exact[1], rtol=0, atol=2e-5)
+
+
+@every_implementation
+@pytest.mark.parametrize("width", [1, 3, 4, 5, 4099])
+def test_prefix_mass(kernels: ModuleType, width: int) -> None:
+    random = torch.Generator().manual_seed(width)
+    table = torch.softmax(torch.randn(3, width, generator=random) * 6, dim=1)
+    order = torch.randperm(width, generator=random)[: max(1, width - 2)]
+    ordered, cumulative = kernels.prefix_mass(table, order)
+    expected, sums = reference.prefix_mass(table.double(), order)
+    assert torch.equal(ordered.double(), expected)
+    assert cumulative.dtype == torch.float64
+    assert torch.allclose(cumulative, sums, rtol=1e-14, atol=0)
+
+
+def vocabularies() -> list[Vocabulary]:
+    letters = [bytes([65 + i]) for i in range(20)]
+    first = Vocabulary((*letters, b"AB", b"A", None, b"CD", None), eos_ids=(22, 24))
+    second = Vocabulary((None, b"CD", *letters[10:], b"XYZ", b"XYZ", b"XYZ", b"\xff"), eos_ids=(0,))
+    third = Vocabulary((*[bytes([97 + i]) for i in range(9)], b"CD", b"AB", None), eos_ids=(11,))
+    return [first, second, third]
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", Rule)
+def test_union(kernels: ModuleType, rule: Rule, dtype: torch.dtype) -> None:
+    tables = vocabularies()
+    union = UnionMap.build(tables)
+    random = torch.Generator().manual_seed(2)
+    logits = [(torch.randn(5, v.width, generator=random) * 4).to(dtype) for v in tables]
+    logits[0][1, 3] = -math.inf
+    logits[1][2, 3] = math.nan
+    weights = torch.rand(5, 3, generator=random, dtype=torch.float64)
+    weights[3, 1] = 0
+    weights[4] = 0
+    temperatures = 0.5 + torch.rand(5, 3, generator=random, dtype=torch.float64)
+    if rule is Rule.LOG_LINEAR:
+        weights[0, 2] = -0.4
+    arguments = (logits, weights, temperatures, rule, union, math.log(1e-6))
+    exact = reference.mix_union(*arguments)
+    assert_probabilities(kernels.mix_union(*arguments), exact)
+    assert exact[2].isnan().all()
+    assert exact[4].isnan().all()
+    assert torch.allclose(exact[[0, 1, 3]].sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def scoring_case(
+    experts: int, positions: int, symbols: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    laws = torch.log_softmax(torch.randn(positions, experts, symbols, generator=random) * 4, dim=2)
+    targets = torch.randint(0, symbols, (positions,), generator=random)
+    lengths = torch.tensor([0, 3, 1, positions // 2, 0])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0), torch.tensor([positions])])
+    return laws, targets, offsets
+
+
+@every_implementation
+@pytest.mark.parametrize("experts", [1, 2, 3, 6])
+@pytest.mark.parametrize("positions", [12, 700])
+def test_score_linear(kernels: ModuleType, positions: int, experts: int) -> None:
+    laws, targets, offsets = scoring_case(experts, positions, 257, seed=positions)
+    masses = laws.exp()[torch.arange(positions), :, targets].T.contiguous()
+    masses[0, 0] = 1e-30
+    masses[:, 1] = torch.tensor([1e-37] + [0.0] * (experts - 1))
+    weights = torch.rand(7, experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights[1] = torch.eye(experts, dtype=torch.float64)[0]
+    weights[2, 0] = 1e-14
+    exact = reference.score_linear(masses, weights, offsets)
+    ours = kernels.score_linear(masses, weights, offsets)
+    assert ours.dtype == torch.float64
+    assert torch.allclose(ours, exact, rtol=1e-6, atol=1e-4), (ours - exact).abs().max()
+    masses[:, positions - 2] = 0
+    assert bool(kernels.score_linear(masses, weights, offsets)[:, -1].isneginf().all())
+
+
+@every_implementation
+@pytest.mark.parametrize("experts", [1, 2, 3, 6])
+@pytest.mark.parametrize("symbols", [2, 257, 5000])
+def test_score_log_linear(kernels: ModuleType, symbols: int, experts: int) -> None:
+    laws, targets, offsets = scoring_case(experts, 40, symbols, seed=symbols)
+    weights = torch.randn(6, experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights[1] = torch.eye(experts, dtype=torch.float64)[0]
+    weights[2] *= 8
+    exact = reference.score_log_linear(laws, targets, weights, offsets)
+    assert torch.allclose(kernels.score_log_linear(laws, targets, weights, offsets), exact, rtol=1e-6, atol=1e-4)
+    laws[3, 0, 0] = -math.inf
+    targets[3] = 1
+    targets[5] = 0
+    laws[5, experts - 1, 0] = -math.inf
+    exact = reference.score_log_linear(laws, targets, weights, offsets)
+    ours = kernels.score_log_linear(laws, targets, weights, offsets)
+    assert torch.equal(ours.isneginf(), exact.isneginf())
+    assert torch.allclose(ours, exact, rtol=1e-6, atol=1e-4)

@@ -1,0 +1,135 @@
+// The CPU kernels: one translation unit, C functions, no Python and no intrinsics. See kernels/native.py for the calls.
+//
+// The same source is compiled once for each instruction set, each in a namespace of its own, and the best one that the
+// processor has is chosen at the first call. (target_clones would not do: GCC lowers vectors to the baseline's width
+// inside helper functions before it inlines them into a clone.)
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#define TS_API extern "C" __attribute__((visibility("default")))
+
+#define TS_NAMESPACE baseline
+#include "targets.inc"
+#undef TS_NAMESPACE
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define TS_X86 1
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt")
+#endif
+#define TS_NAMESPACE avx2
+#include "targets.inc"
+#undef TS_NAMESPACE
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
+#endif
+#define TS_NAMESPACE avx512
+#include "targets.inc"
+#undef TS_NAMESPACE
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace {
+
+enum Level { BASELINE, AVX2, AVX512 };
+
+Level level() {
+    static const Level best = [] {
+#ifdef TS_X86
+        __builtin_cpu_init();
+        const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+        if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            return AVX512;
+        if (wide) return AVX2;
+#endif
+        return BASELINE;
+    }();
+    return best;
+}
+
+// The functions of one name, by level; a caller may ask for a lower level than the processor's (tests do).
+int forced = -1;
+
+template <class F>
+F* pick(F* plain, [[maybe_unused]] F* wide, [[maybe_unused]] F* widest) {
+#ifdef TS_X86
+    const int use = forced >= 0 ? std::min(forced, int(level())) : int(level());
+    if (use == AVX512) return widest;
+    if (use == AVX2) return wide;
+#endif
+    return plain;
+}
+
+}  // namespace
+
+#ifdef TS_X86
+#define TS_PICK(name) pick(baseline::name, avx2::name, avx512::name)
+#else
+#define TS_PICK(name) pick(baseline::name, baseline::name, baseline::name)
+#endif
+
+// The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.
+TS_API int32_t ts_level() { return forced >= 0 ? std::min(forced, int(level())) : int(level()); }
+
+// Use at most this level from now on; -1 for the best.
+TS_API void ts_force_level(int32_t most) { forced = most; }
+
+TS_API void ts_mix(int64_t rows, int64_t width, int64_t experts, const void* const* logits, const int32_t* dtypes,
+                   const int64_t* strides, const double* weights, const double* temperatures, int32_t log_linear,
+                   const uint8_t* allowed, float* out) {
+    TS_PICK(mix)(rows, width, experts, logits, dtypes, strides, weights, temperatures, log_linear, allowed, out);
+}
+
+TS_API void ts_mix_union(int64_t rows, int64_t experts, const void* const* logits, const int32_t* dtypes,
+                         const int64_t* strides, const int64_t* widths, const double* weights, const double* temperatures,
+                         int32_t log_linear, double floor, const uint8_t* const* allowed, int64_t size, const int32_t* ids,
+                         int64_t segments, const int64_t* bounds, const uint64_t* patterns, int64_t twins,
+                         const int32_t* twin, float* out) {
+    TS_PICK(mix_union)(rows, experts, logits, dtypes, strides, widths, weights, temperatures, log_linear, floor, allowed,
+                       size, ids, segments, bounds, patterns, twins, twin, out);
+}
+
+TS_API void ts_shape(int64_t rows, int64_t width, float* probabilities, const double* temperature, const int64_t* top_k,
+                     const double* top_p, const double* min_p) {
+    TS_PICK(shape)(rows, width, probabilities, temperature, top_k, top_p, min_p);
+}
+
+TS_API void ts_choose(int64_t rows, int64_t width, const float* probabilities, const double* uniforms,
+                      const uint8_t* greedy, int64_t* tokens, double* log_probs) {
+    TS_PICK(choose)(rows, width, probabilities, uniforms, greedy, tokens, log_probs);
+}
+
+TS_API void ts_prefix_mass(int64_t rows, int64_t width, int64_t tokens, const float* probabilities, const int32_t* order,
+                           float* ordered, double* cumulative) {
+    TS_PICK(prefix_mass)(rows, width, tokens, probabilities, order, ordered, cumulative);
+}
+
+TS_API void ts_score_linear(int64_t experts, int64_t particles, int64_t items, const float* masses, int64_t stride,
+                            const double* weights, const int64_t* offsets, double* out) {
+    TS_PICK(score_linear)(experts, particles, items, masses, stride, weights, offsets, out);
+}
+
+TS_API void ts_score_log_linear(int64_t experts, int64_t symbols, int64_t particles, int64_t items, const float* log_probs,
+                                const int64_t* targets, const double* weights, const int64_t* offsets, double* out) {
+    TS_PICK(score_log_linear)(experts, symbols, particles, items, log_probs, targets, weights, offsets, out);
+}
+
+#include "walk.h"

@@ -1,0 +1,130 @@
+// Vectors and elementary functions. No intrinsics: GCC and Clang vector extensions, lowered for each target.
+
+// Helpers must be inlined: a function of its own would pass vectors in memory.
+#define TS_INLINE static inline __attribute__((always_inline))
+
+constexpr int LANES = 8;
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef double Doubles __attribute__((vector_size(32)));
+typedef int64_t Longs __attribute__((vector_size(32)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float NAN_F = std::numeric_limits<float>::quiet_NaN();
+constexpr double INF_D = std::numeric_limits<double>::infinity();
+
+TS_INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x}; }
+TS_INLINE Ints splat(int32_t x) { return Ints{x, x, x, x, x, x, x, x}; }
+TS_INLINE Floats as_floats(Ints x) { Floats y; std::memcpy(&y, &x, sizeof y); return y; }
+TS_INLINE Ints as_ints(Floats x) { Ints y; std::memcpy(&y, &x, sizeof y); return y; }
+TS_INLINE Floats load(const float* p) { Floats x; std::memcpy(&x, p, sizeof x); return x; }
+TS_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+TS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+TS_INLINE bool any(Ints mask) {
+    Longs parts;
+    std::memcpy(&parts, &mask, sizeof parts);
+    return (parts[0] | parts[1] | parts[2] | parts[3]) != 0;
+}
+
+TS_INLINE float largest(Floats x) {
+    float m = x[0];
+    for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+TS_INLINE double total(Floats x) {
+    double sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+// 2^x for x in [-0.5, 0.5], to 1.6e-7 (minimax). Estrin's scheme: a short chain of dependent operations.
+TS_INLINE Floats exp2_fraction(Floats x) {
+    Floats xx = x * x;
+    Floats low = x * splat(6.931469440e-1f) + splat(1.000000119f);
+    Floats middle = x * splat(5.550713465e-2f) + splat(2.402212024e-1f);
+    Floats high = x * splat(1.327644801e-3f) + splat(9.675541893e-3f);
+    return (high * xx + middle) * xx + low;
+}
+
+// 2^x for x <= 127; 0 below -126. NaN gives 0: find NaN beforehand.
+TS_INLINE Floats power_of_two(Floats x) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    Floats shifted = x + magic;
+    Floats y = as_floats(as_ints(exp2_fraction(x - (shifted - magic))) + (as_ints(shifted) << 23));
+    return as_floats(as_ints(y) & (x >= splat(-126.0f)));
+}
+
+// Lanes that are infinite or NaN.
+TS_INLINE Ints not_finite(Floats x) { return (as_ints(x) & splat(0x7f800000)) == splat(0x7f800000); }
+
+// log2(m) of m in [sqrt(1/2), sqrt(2)]: log2((1 + t) / (1 - t)) as an odd series in t.
+TS_INLINE Floats log2_mantissa(Floats m) {
+    Floats t = (m - splat(1.0f)) / (m + splat(1.0f));
+    Floats s = t * t;
+    Floats p = splat(0.26230819f);  // 2 / (11 ln 2)
+    p = p * s + splat(0.32059890f);
+    p = p * s + splat(0.41219858f);
+    p = p * s + splat(0.57707802f);
+    p = p * s + splat(0.96179669f);
+    p = p * s + splat(2.88539008f);
+    return p * t;
+}
+
+// Splits positive normal x into 2^n * m with m in [sqrt(1/2), sqrt(2)].
+TS_INLINE Floats split_exponent(Floats x, Floats* m) {
+    Ints bits = as_ints(x);
+    Ints n = (bits - splat(0x3f3504f3)) >> 23;
+    *m = as_floats(bits - (n << 23));
+    return __builtin_convertvector(n, Floats);
+}
+
+// Dtypes of logits, by the code the caller passes.
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct F32 {
+    TS_INLINE Floats get(const void* row, int64_t i) { return load(static_cast<const float*>(row) + i); }
+    TS_INLINE float one(const void* row, int64_t i) { return static_cast<const float*>(row)[i]; }
+};
+
+struct Bf16 {
+    TS_INLINE Floats get(const void* row, int64_t i) {
+        Halves h;
+        std::memcpy(&h, static_cast<const uint16_t*>(row) + i, sizeof h);
+        return as_floats(__builtin_convertvector(h, Ints) << 16);
+    }
+    TS_INLINE float one(const void* row, int64_t i) {
+        uint32_t bits = uint32_t(static_cast<const uint16_t*>(row)[i]) << 16;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+    }
+};
+
+struct F16 {
+    // Moves exponent and mantissa into place and multiplies by 2^112, which also makes denormals right.
+    TS_INLINE Floats widen(Ints h) {
+        Ints magnitude = h & splat(0x7fff);
+        Floats x = as_floats(magnitude << 13) * as_floats(splat(0x77800000));
+        Ints special = magnitude >= splat(0x7c00);  // infinities and NaN keep their mantissa
+        Ints bits = (as_ints(x) & ~special) | ((splat(0x7f800000) | (magnitude << 13)) & special);
+        return as_floats(bits | ((h & splat(0x8000)) << 16));
+    }
+    TS_INLINE Floats get(const void* row, int64_t i) {
+        Halves h;
+        std::memcpy(&h, static_cast<const uint16_t*>(row) + i, sizeof h);
+        return widen(__builtin_convertvector(h, Ints));
+    }
+    TS_INLINE float one(const void* row, int64_t i) {
+        return widen(splat(int32_t(static_cast<const uint16_t*>(row)[i])))[0];
+    }
+};
+
+TS_INLINE float element(int32_t dtype, const void* row, int64_t i) {
+    return dtype == FLOAT32 ? F32::one(row, i) : dtype == BFLOAT16 ? Bf16::one(row, i) : F16::one(row, i);
+}
+
+TS_INLINE const void* row_of(int32_t dtype, const void* table, int64_t stride, int64_t row) {
+    return static_cast<const char*>(table) + row * stride * (dtype == FLOAT32 ? 4 : 2);
+}

@@ -1,0 +1,121 @@
+"""Which implementation runs, chosen once: C++ on the CPU where it was built, Triton on CUDA, torch eager otherwise."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from token_swarm.kernels import eager, native
+from token_swarm.kernels.union_map import UnionMap
+from token_swarm.particle import Rule
+
+
+@cache
+def _on_cpu() -> ModuleType:
+    if native.library() is not None:
+        return native
+    warnings.warn("the C++ kernels were not built: mixing runs in torch eager, several times slower", stacklevel=2)
+    return eager
+
+
+@cache
+def _on_cuda() -> ModuleType:
+    if importlib.util.find_spec("triton") is None:
+        return eager
+    return importlib.import_module("token_swarm.kernels.triton")
+
+
+def _for(*tensors: Tensor) -> ModuleType:
+    """The implementation for these inputs; float64 is the eager one's, the others work in float32."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return eager
+    if tensors[0].device.type == "cuda":
+        return _on_cuda()
+    return _on_cpu() if native.takes(*tensors) else eager
+
+
+def describe() -> dict[str, str]:
+    """Implementation by device, for `token-swarm doctor`."""
+    names = {native: "C++", eager: "torch eager"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = {"cpu": names[_on_cpu()]}
+    if torch.cuda.is_available():
+        chosen["cuda"] = names.get(_on_cuda(), "Triton")
+    return chosen
+
+
+def mix(logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, allowed: Tensor) -> Tensor:
+    """Mix experts over one vocabulary; see `reference.mix`. float32 [rows, width], float64 when the logits are."""
+    mixed: Tensor = _for(*logits).mix(logits, weights, temperatures, rule, allowed)
+    return mixed
+
+
+def mix_union(
+    logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, union: UnionMap, floor: float
+) -> Tensor:
+    """Mix experts over the union of vocabularies; see `reference.mix_union`. [rows, union.size], dtype as `mix`."""
+    mixed: Tensor = _for(*logits).mix_union(logits, weights, temperatures, rule, union, floor)
+    return mixed
+
+
+def shape(probabilities: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Temperature, min-p, top-k and top-p; see `reference.shape`. Same shape and dtype as `probabilities`."""
+    shaped: Tensor = _for(probabilities).shape(probabilities, temperature, top_k, top_p, min_p)
+    return shaped
+
+
+def choose(probabilities: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row; see `reference.choose`. (tokens int64 [rows], log-probabilities float64 [rows])."""
+    chosen: tuple[Tensor, Tensor] = _for(probabilities).choose(probabilities, uniforms, greedy)
+    return chosen
+
+
+def sample(
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    temperatures: Tensor,
+    rule: Rule,
+    allowed: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniforms: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Straight from logits to tokens: `choose` of `shape` of `mix`, greedy where `temperature` is 0."""
+    kernels = _for(*logits)
+    if kernels not in (native, eager):
+        chosen: tuple[Tensor, Tensor] = kernels.sample(
+            logits, weights, temperatures, rule, allowed, temperature, top_k, top_p, min_p, uniforms
+        )
+        return chosen
+    mixed = kernels.mix(logits, weights, temperatures, rule, allowed)
+    # The mixture is ours alone, so that the C++ version may shape it where it is.
+    shaped = getattr(kernels, "shape_", kernels.shape)(mixed, temperature, top_k, top_p, min_p)
+    return choose(shaped, uniforms, temperature == 0)
+
+
+def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Byte-sorted probabilities and their cumulative sums; see `reference.prefix_mass`."""
+    sums: tuple[Tensor, Tensor] = _for(probabilities).prefix_mass(probabilities, order)
+    return sums
+
+
+def score_linear(masses: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Log-likelihood of items under linear particles; see `reference.score_linear`. float64 [particles, items]."""
+    scores: Tensor = _for(masses).score_linear(masses, weights, offsets)
+    return scores
+
+
+def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Log-likelihood of items under log-linear particles; see `reference.score_log_linear`. [particles, items]."""
+    scores: Tensor = _for(log_probs).score_log_linear(log_probs, targets, weights, offsets)
+    return scores

@@ -1,0 +1,211 @@
+"""The kernels in C++ (kernels/csrc/), through ctypes, which releases the GIL during every call.
+
+One thread each: experts keep the other cores busy. Tensors are on the CPU; outputs are allocated here, once a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from token_swarm.kernels.union_map import UnionMap
+from token_swarm.particle import Rule
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_EXPERTS = 64
+"""What the C++ side holds on its stack."""
+
+_I32, _I64, _F64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_double
+_PTR = ctypes.c_void_p
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they were not built."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            loaded = ctypes.CDLL(str(path))
+            for name, arguments in _SIGNATURES.items():
+                function = getattr(loaded, name)
+                function.argtypes, function.restype = arguments, None
+            return loaded
+    return None
+
+
+_SIGNATURES: dict[str, list[type]] = {
+    "ts_mix": [_I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR, _I32, _PTR, _PTR],
+    "ts_mix_union": [
+        _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _I32, _F64,
+        _PTR, _I64, _PTR, _I64, _PTR, _PTR, _I64, _PTR, _PTR,
+    ],
+    "ts_shape": [_I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
+    "ts_choose": [_I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
+    "ts_prefix_mass": [_I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
+    "ts_score_linear": [_I64, _I64, _I64, _PTR, _I64, _PTR, _PTR, _PTR],
+    "ts_score_log_linear": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
+}  # fmt: skip
+
+
+def _call(name: str, *arguments: object) -> None:
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError("the C++ kernels were not built: install with a C++ compiler at hand")
+    getattr(loaded, name)(*arguments)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the C++ kernels can read these: on the CPU, and of a dtype that logits come in."""
+    return all(tensor.device.type == "cpu" and tensor.dtype in _DTYPES for tensor in tensors)
+
+
+class _Tables:
+    """Logit tables as C arrays of addresses, dtypes and row strides; keeps the tensors alive."""
+
+    def __init__(self, logits: Sequence[Tensor]) -> None:
+        if len(logits) > MAX_EXPERTS:
+            raise ValueError(f"experts: {len(logits)}, expected at most {MAX_EXPERTS} in one mixture")
+        self._kept = [table if table.stride(-1) == 1 else table.contiguous() for table in logits]
+        count = len(logits)
+        self.rows = (_PTR * count)(*(table.data_ptr() for table in self._kept))
+        self.dtypes = (_I32 * count)(*(_DTYPES[table.dtype] for table in self._kept))
+        self.strides = (_I64 * count)(*(table.stride(0) for table in self._kept))
+
+
+def mix(logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, allowed: Tensor) -> Tensor:
+    """As `reference.mix`; float32 [rows, width]."""
+    tables, own, heat = _Tables(logits), _doubles(weights), _doubles(temperatures)
+    mask = allowed.contiguous()
+    rows, experts = own.shape
+    out = torch.empty((rows, mask.numel()), dtype=torch.float32)
+    _call(
+        "ts_mix", rows, mask.numel(), experts, tables.rows, tables.dtypes, tables.strides, own.data_ptr(),
+        heat.data_ptr(), rule is Rule.LOG_LINEAR, mask.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+class _UnionTables:
+    """A union map as C arrays, made once per map."""
+
+    def __init__(self, union: UnionMap, widths: Sequence[int]) -> None:
+        self.ids = union.ids.contiguous()
+        self.twins = union.twins.contiguous()
+        self.bounds = torch.tensor([(s.low, s.high) for s in union.segments], dtype=torch.int64)
+        patterns = [sum(1 << expert for expert in segment.experts) for segment in union.segments]
+        self.patterns = (ctypes.c_uint64 * len(patterns))(*patterns)
+        self.allowed = []
+        for expert, width in enumerate(widths):
+            mask = torch.zeros(width, dtype=torch.bool)
+            mask[union.pairs(expert)[1]] = True
+            self.allowed.append(mask)
+        self.masks = (_PTR * len(widths))(*(mask.data_ptr() for mask in self.allowed))
+        self.widths = (_I64 * len(widths))(*widths)
+
+
+_union_tables: dict[int, _UnionTables] = {}
+
+
+def _tables_of(union: UnionMap, widths: Sequence[int]) -> _UnionTables:
+    key = id(union)
+    if key not in _union_tables:
+        _union_tables[key] = _UnionTables(union, widths)
+        weakref.finalize(union, _union_tables.pop, key, None)
+    return _union_tables[key]
+
+
+def mix_union(
+    logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, union: UnionMap, floor: float
+) -> Tensor:
+    """As `reference.mix_union`; float32 [rows, union.size]."""
+    tables, own, heat = _Tables(logits), _doubles(weights), _doubles(temperatures)
+    known = _tables_of(union, [table.shape[-1] for table in logits])
+    rows, experts = own.shape
+    out = torch.empty((rows, union.size), dtype=torch.float32)
+    _call(
+        "ts_mix_union", rows, experts, tables.rows, tables.dtypes, tables.strides, known.widths, own.data_ptr(),
+        heat.data_ptr(), rule is Rule.LOG_LINEAR, floor, known.masks, union.size, known.ids.data_ptr(),
+        len(union.segments), known.bounds.data_ptr(), known.patterns, known.twins.shape[0], known.twins.data_ptr(),
+        out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def shape(probabilities: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """As `reference.shape`; float32 [rows, width]."""
+    return shape_(probabilities.clone(memory_format=torch.contiguous_format), temperature, top_k, top_p, min_p)
+
+
+def shape_(probabilities: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """`shape` in place, on contiguous rows."""
+    heat, nucleus, least = _doubles(temperature), _doubles(top_p), _doubles(min_p)
+    count = top_k.to(torch.int64).contiguous()
+    _call(
+        "ts_shape", *probabilities.shape, probabilities.data_ptr(), heat.data_ptr(), count.data_ptr(),
+        nucleus.data_ptr(), least.data_ptr(),
+    )  # fmt: skip
+    return probabilities
+
+
+def choose(probabilities: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.choose`."""
+    rows, width = probabilities.shape
+    table, own, flags = probabilities.contiguous(), _doubles(uniforms), greedy.to(torch.bool).contiguous()
+    tokens = torch.empty(rows, dtype=torch.int64)
+    log_probs = torch.empty(rows, dtype=torch.float64)
+    _call(
+        "ts_choose", rows, width, table.data_ptr(), own.data_ptr(), flags.data_ptr(), tokens.data_ptr(),
+        log_probs.data_ptr(),
+    )  # fmt: skip
+    return tokens, log_probs
+
+
+def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.prefix_mass`."""
+    rows, width = probabilities.shape
+    table, ids = probabilities.contiguous(), order.to(torch.int32).contiguous()
+    ordered = torch.empty((rows, order.numel()), dtype=torch.float32)
+    cumulative = torch.empty((rows, order.numel() + 1), dtype=torch.float64)
+    _call(
+        "ts_prefix_mass", rows, width, order.numel(), table.data_ptr(), ids.data_ptr(),
+        ordered.data_ptr(), cumulative.data_ptr(),
+    )  # fmt: skip
+    return ordered, cumulative
+
+
+def score_linear(masses: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """As `reference.score_linear`."""
+    table, own, bounds = masses.contiguous(), _doubles(weights), offsets.contiguous()
+    experts, positions = table.shape
+    items = offsets.numel() - 1
+    out = torch.empty((own.shape[0], items), dtype=torch.float64)
+    _call(
+        "ts_score_linear", experts, own.shape[0], items, table.data_ptr(), positions, own.data_ptr(),
+        bounds.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """As `reference.score_log_linear`."""
+    table, own, bounds = log_probs.contiguous(), _doubles(weights), offsets.contiguous()
+    there = targets.contiguous()
+    _, experts, symbols = table.shape
+    items = offsets.numel() - 1
+    out = torch.empty((own.shape[0], items), dtype=torch.float64)
+    _call(
+        "ts_score_log_linear", experts, symbols, own.shape[0], items, table.data_ptr(),
+        there.data_ptr(), own.data_ptr(), bounds.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _doubles(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64).contiguous()
