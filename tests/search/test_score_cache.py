@@ -101,6 +101,16 @@ def test_any_choice_of_passages_has_the_same_scores(tmp_path: Path, experts: dic
         assert cache.score(MIXTURES, run) == pytest.approx(everything[:, run], abs=1e-12)
 
 
+@pytest.mark.parametrize("rule", list(Rule))
+def test_a_score_does_not_depend_on_its_company(tmp_path: Path, experts: dict[str, Expert], rule: Rule) -> None:
+    cache = build(tmp_path, experts)
+    table = np.random.default_rng(0).random((23, 3))
+    mixtures = [Mixture({f"e{i}": w for i, w in enumerate(row)}, rule) for row in table.tolist()]
+    together = cache.score(mixtures)
+    for low, high in ((0, 1), (1, 3), (3, 23)):
+        assert np.array_equal(cache.score(mixtures[low:high]), together[low:high])
+
+
 def test_its_tensors_are_laws(tmp_path: Path, experts: dict[str, Expert]) -> None:
     cache = build(tmp_path, experts)
     chosen = [4, SHARD + 1]

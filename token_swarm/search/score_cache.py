@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from token_swarm import kernels
 from token_swarm.errors import BadParameter, FailedPrecondition
 from token_swarm.experts.contract import Expert, ExpertSpec
 from token_swarm.files import replacing
-from token_swarm.kernels import reference as kernels
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.scoring import LawReader, Passage
 from token_swarm.search.utility import Array, as_items
@@ -239,7 +239,10 @@ class ScoreCache:
         return [active.get(name, 0.0) for name in self.experts]
 
     def _score_linear(self, weights: Tensor, chosen: list[int]) -> Tensor:
-        return kernels.score_linear(self.masses(chosen), weights, self.offsets(chosen))
+        masses, offsets = self.masses(chosen), self.offsets(chosen)
+        # One by one: a matrix product rounds a row by how many others it has, and a particle's score must not depend on
+        # its company, or evaluators would differ in the last digits.
+        return torch.cat([kernels.score_linear(masses, row[None], offsets) for row in weights])
 
     def _score_log_linear(self, weights: Tensor, chosen: list[int]) -> Tensor:
         pieces = []
