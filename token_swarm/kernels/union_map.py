@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,34 +44,36 @@ class UnionMap:
 
     @classmethod
     def build(cls, vocabularies: Sequence[Vocabulary]) -> UnionMap:
-        """The union of `vocabularies`, one per expert, in that order. Linear in their total size."""
-        owned: dict[bytes | None, list[list[int]]] = {}
-        for expert, vocabulary in enumerate(vocabularies):
-            entries: list[tuple[bytes | None, int]] = [
-                (data, token) for token, data in enumerate(vocabulary.token_bytes) if data is not None
-            ]
-            entries += [(None, token) for token in vocabulary.eos_ids]
-            for data, token in entries:
-                owned.setdefault(data, [[] for _ in vocabularies])[expert].append(token)
-        patterns = {data: tuple(e for e, ids in enumerate(owners) if ids) for data, owners in owned.items()}
-        ordered = sorted(owned, key=lambda data: (data is None, patterns[data], data or b""))
-        first = [[owned[data][e][0] if owned[data][e] else -1 for data in ordered] for e in range(len(vocabularies))]
-        twins = [
-            (expert, token, twin)
-            for token, data in enumerate(ordered)
-            for expert, ids in enumerate(owned[data])
-            for twin in ids[1:]
-        ]
+        """The union of `vocabularies`, one per expert, in that order. A sort apart, linear in their total size."""
+        firsts = [_first_ids(vocabulary) for vocabulary in vocabularies]
+        owners: dict[bytes | None, int] = {}  # bit e: expert e has it
+        for expert, first in enumerate(firsts):
+            bit = 1 << expert
+            for data in first:
+                owners[data] = owners.get(data, 0) | bit
+        by_pattern: dict[int, list[bytes]] = {}
+        for data, bits in owners.items():
+            if data is not None:
+                by_pattern.setdefault(bits, []).append(data)
+        ordered: list[bytes | None] = []
         segments: list[Segment] = []
-        for token, data in enumerate(ordered):
-            if segments and segments[-1].experts == patterns[data]:
-                segments[-1] = Segment(segments[-1].low, token + 1, patterns[data])
-            else:
-                segments.append(Segment(token, token + 1, patterns[data]))
+        for experts, bits in sorted((_experts_of(bits), bits) for bits in by_pattern):
+            segments.append(Segment(len(ordered), len(ordered) + len(by_pattern[bits]), experts))
+            ordered.extend(sorted(by_pattern[bits]))
+        if None in owners:
+            experts = _experts_of(owners[None])
+            # The end of the text lengthens the last segment where the same experts have both.
+            low = segments.pop().low if segments and segments[-1].experts == experts else len(ordered)
+            segments.append(Segment(low, len(ordered) + 1, experts))
+            ordered.append(None)
         return cls(
             texts=tuple(ordered),
-            ids=torch.tensor(first, dtype=torch.int32),
-            twins=torch.tensor(twins, dtype=torch.int32).reshape(-1, 3),
+            ids=torch.from_numpy(
+                np.stack(
+                    [np.fromiter((first.get(data, -1) for data in ordered), np.int32, len(ordered)) for first in firsts]
+                )
+            ),
+            twins=torch.tensor(_twins(vocabularies, firsts, ordered), dtype=torch.int32).reshape(-1, 3),
             segments=tuple(segments),
         )
 
@@ -80,3 +83,37 @@ class UnionMap:
         twins = self.twins[self.twins[:, 0] == expert].long()
         covered = (own >= 0).nonzero()[:, 0]
         return torch.cat([covered, twins[:, 1]]), torch.cat([own[covered], twins[:, 2]])
+
+
+def _first_ids(vocabulary: Vocabulary) -> dict[bytes | None, int]:
+    """The lowest id that writes each byte string; under None the lowest end-of-text id, if there is one."""
+    # Of equal keys the last one given stays, hence backwards. The ids without bytes share the key None.
+    last = range(vocabulary.width - 1, -1, -1)
+    first: dict[bytes | None, int] = dict(zip(reversed(vocabulary.token_bytes), last, strict=True))
+    first.pop(None, None)
+    if vocabulary.eos_ids:
+        first[None] = vocabulary.eos_ids[0]
+    return first
+
+
+def _experts_of(bits: int) -> tuple[int, ...]:
+    return tuple(expert for expert in range(bits.bit_length()) if bits >> expert & 1)
+
+
+def _twins(
+    vocabularies: Sequence[Vocabulary],
+    firsts: Sequence[Mapping[bytes | None, int]],
+    ordered: Sequence[bytes | None],
+) -> list[tuple[int, int, int]]:
+    """(expert, union token, id) of every id that is not the first of its bytes, by union token, expert and id."""
+    further: list[tuple[int, bytes | None, int]] = []
+    for expert, (vocabulary, first) in enumerate(zip(vocabularies, firsts, strict=True)):
+        further += [
+            (expert, data, token)
+            for token, data in enumerate(vocabulary.token_bytes)
+            if data is not None and first[data] != token
+        ]
+        further += [(expert, None, token) for token in vocabulary.eos_ids[1:]]
+    wanted = {data for _, data, _ in further}
+    place = {data: token for token, data in enumerate(ordered) if data in wanted}
+    return sorted(((e, place[data], token) for e, data, token in further), key=lambda twin: (twin[1], twin[0], twin[2]))
