@@ -165,25 +165,28 @@ def test_the_best_expert_is_chosen_on_dev_and_compared_on_test(plain) -> None:
     assert [row.name for row in table.rows if row.against_best is None] == [table.best_expert]
 
 
-def test_without_test_examples_dev_is_compared(tmp_path: Path) -> None:
-    path, _, table = report(tmp_path, task(test=None))
-    assert not table.on_test
-    assert all(row.test is None for row in table.rows)
-    assert "on dev" in path.read_text(encoding="utf-8")
+def test_names_failures_and_temperatures_are_told(tmp_path: Path) -> None:
+    class Warm(Hills):
+        def evaluate(self, mixtures, items=None):
+            scores = super().evaluate(mixtures, items)
+            cold = [[abs(mixture.temperatures["a"] - 1.5)] for mixture in mixtures]
+            return Scores(scores.values - np.array(cold), scores.weights)
 
-
-def test_a_name_cannot_write_html(tmp_path: Path) -> None:
-    path, _, _ = report(tmp_path, task(), name="<script>alert('x')</script>")
+    given = task(space=Space(EXPERTS, Rule.LINEAR, temperatures=True), dev=Warm(), test=None)
+    evaluator = Here(lambda mixture: "too hot" if mixture.temperatures["b"] > 1.2 else None)
+    name = "<script>alert('x')</script>"
+    path, result, table = report(tmp_path, given, evaluator=evaluator, name=name)
     text = path.read_text(encoding="utf-8")
     assert "<script" not in text
     assert "&lt;script&gt;" in text
-
-
-def test_failures_are_told(tmp_path: Path) -> None:
-    evaluator = Here(lambda mixture: "too large" if sum(mixture.weights.values()) > 1.3 else None)
-    path, result, _ = report(tmp_path, task(), evaluator=evaluator)
     assert result.failures > 0
-    assert f"{result.failures} particles failed" in path.read_text(encoding="utf-8")
+    assert f"{result.failures} particles failed" in text
+    assert re.search(r"temperature [\d.]+", text)
+    assert Particle.load(tmp_path / "particle.json").mixture.temperatures == result.particle.mixture.temperatures
+    # Without test examples dev is compared.
+    assert not table.on_test
+    assert all(row.test is None for row in table.rows)
+    assert "on dev" in text
 
 
 def test_both_halves_of_a_cache_are_one_utility() -> None:
@@ -197,19 +200,6 @@ def test_both_halves_of_a_cache_are_one_utility() -> None:
         Subset(whole, ())
     with pytest.raises(IndexError):
         Subset(whole, (20,))
-
-
-def test_a_search_in_a_space_with_temperatures_is_drawn_too(tmp_path: Path) -> None:
-    class Warm(Hills):
-        def evaluate(self, mixtures, items=None):
-            scores = super().evaluate(mixtures, items)
-            cold = [[abs(mixture.temperatures["a"] - 1.5)] for mixture in mixtures]
-            return Scores(scores.values - np.array(cold), scores.weights)
-
-    space = Space(EXPERTS, Rule.LINEAR, temperatures=True)
-    path, result, _ = report(tmp_path, task(space=space, dev=Warm(), test=None))
-    assert re.search(r"temperature [\d.]+", path.read_text(encoding="utf-8"))
-    assert Particle.load(tmp_path / "particle.json").mixture.temperatures == result.particle.mixture.temperatures
 
 
 def test_a_history_without_any_utility_is_refused() -> None:

@@ -11,15 +11,24 @@ import pytest
 from token_swarm.search.measure import Measure
 from token_swarm.search.statistics import (
     LEVELS,
+    Comparison,
     Interval,
-    compare,
+    Resampling,
     correctness_level,
     emergence,
-    intervals,
     is_accuracy,
 )
 from token_swarm.search.utilities.harmonic import HarmonicScores
 from token_swarm.search.utility import Scores
+
+
+def intervals(scores: Scores, **options) -> list[Interval]:
+    resampling = Resampling(scores, **options)
+    return [resampling.interval(mixture) for mixture in range(len(scores.values))]
+
+
+def compare(scores: Scores, one: int, other: int, **options) -> Comparison:
+    return Resampling(scores, **options).compare(one, other)
 
 
 def normal(random: np.random.Generator, shift: float = 0.0, items: int = 60) -> Scores:
@@ -126,11 +135,11 @@ def test_a_harmonic_mean_is_resampled_as_one() -> None:
     values = (random.random((2, 80)) < np.array([[0.8], [0.4]])).astype(float)
     tasks = np.arange(80) % 2
     scores = HarmonicScores(values, np.ones(80), tasks=tasks, logarithmic=(False, False))
-    first, second = intervals(scores, resamples=500)
+    first, second = intervals(scores, resamples=2500)
     assert first.value == scores.utility()[0]
     assert first.low < first.value < first.high
     assert second.high < first.low
-    comparison = compare(scores, 0, 1, resamples=500)
+    comparison = compare(scores, 0, 1, resamples=2500)
     assert comparison.difference.value == pytest.approx(first.value - second.value)
     assert comparison.p_value < 0.01
 

@@ -11,7 +11,7 @@ from token_swarm.particle import Mixture
 from token_swarm.search.optimisers import make_optimiser
 from token_swarm.search.oracles import likelihood_optimum
 from token_swarm.search.run import Result, SearchConfig, Task, climb
-from token_swarm.search.statistics import Comparison, Interval, compare, emergence, intervals, is_accuracy
+from token_swarm.search.statistics import Comparison, Interval, Resampling, emergence, is_accuracy
 from token_swarm.search.subset import evaluate
 from token_swarm.search.utility import Array, Evaluator, Scores, Utility
 
@@ -122,17 +122,17 @@ def _reference(name: str, task: Task, budget: Mapping[str, Any], seed: int, eval
 
 
 def _rows(entries: Sequence[_Entry], dev: Scores, test: Scores | None, best: int, seed: int) -> tuple[Row, ...]:
-    dev_intervals = intervals(dev, seed=seed)
-    test_intervals: list[Any] = [None] * len(entries) if test is None else list(intervals(test, seed=seed))
-    judged = dev if test is None else test
+    on_dev = Resampling(dev, seed=seed)
+    on_test = None if test is None else Resampling(test, seed=seed)
+    judged = on_test or on_dev
     return tuple(
         Row(
             name=entry.name,
             kind=entry.kind,
             mixture=entry.mixture,
-            dev=dev_intervals[i],
-            test=test_intervals[i],
-            against_best=None if i == best else compare(judged, i, best, seed=seed),
+            dev=on_dev.interval(i),
+            test=None if on_test is None else on_test.interval(i),
+            against_best=None if i == best else judged.compare(i, best),
             evaluations=entry.evaluations,
             seconds=entry.seconds,
         )

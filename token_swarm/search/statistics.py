@@ -36,38 +36,42 @@ class Comparison:
     losses: int
 
 
-def intervals(scores: Scores, *, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES) -> list[Interval]:
-    """A percentile bootstrap interval of every mixture's utility (Efron and Tibshirani 1993, section 13.3).
+class Resampling:
+    """Scores, and their utilities on examples that were drawn with replacement, their weights with them.
 
-    The examples are drawn with replacement, their weights with them. Equal seeds give equal intervals.
+    Equal seeds give equal results. A utility that is no plain mean is resampled a fifth as often: it is slower.
     """
-    bounds = _percentiles(_resampled(scores, seed, resamples), level)
-    return [Interval(float(value), low, high) for value, low, high in zip(scores.utility(), *bounds, strict=True)]
 
+    def __init__(self, scores: Scores, *, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES) -> None:
+        """level: of the intervals."""
+        self._scores, self._level, self._seed = scores, level, seed
+        self._count = resamples if type(scores) is Scores else max(resamples // 5, 1)
+        self._utilities = scores.utility()
+        self._drawn = _resampled(scores, seed, self._count)  # [resamples, mixtures]
 
-def compare(
-    scores: Scores, one: int, other: int, *, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
-) -> Comparison:
-    """Mixture `one` against mixture `other` of the same scores.
+    def interval(self, mixture: int) -> Interval:
+        """Percentile bootstrap interval of a mixture's utility (Efron and Tibshirani 1993, section 13.3)."""
+        return Interval(float(self._utilities[mixture]), *_percentiles(self._drawn[:, mixture], self._level))
 
-    The permutation test swaps the two on each example with probability 1/2 (Good 2005, section 3.7); its p-value
-    counts the observed one among the swaps, so that it is never 0.
-    """
-    pair = replace(scores, values=scores.values[[one, other]], failures=())
-    drawn = _resampled(pair, seed, resamples)
-    (low,), (high,) = _percentiles(_minus(drawn[:, :1], drawn[:, 1:]), level)
-    first, second = pair.utility()
-    observed = float(_minus(first, second))
-    swapped = _swapped(pair, seed, resamples)
-    # Rounding must not make the same sum in another order a smaller one.
-    as_far = int((np.abs(swapped) >= abs(observed) * (1 - 1e-12)).sum())
-    gaps = _minus(pair.values[0], pair.values[1])
-    return Comparison(
-        difference=Interval(observed, low, high),
-        p_value=(1 + as_far) / (1 + resamples),
-        wins=int((gaps > 0).sum()),
-        losses=int((gaps < 0).sum()),
-    )
+    def compare(self, one: int, other: int) -> Comparison:
+        """Mixture `one` against mixture `other`.
+
+        The permutation test swaps the two on each example with probability 1/2 (Good 2005, section 3.7); its p-value
+        counts the observed one among the swaps, so that it is never 0.
+        """
+        pair = replace(self._scores, values=self._scores.values[[one, other]], failures=())
+        observed = float(_minus(self._utilities[one], self._utilities[other]))
+        swapped = _swapped(pair, self._seed, self._count)
+        # Rounding must not make the same sum in another order a smaller one.
+        as_far = int((np.abs(swapped) >= abs(observed) * (1 - 1e-12)).sum())
+        gaps = _minus(pair.values[0], pair.values[1])
+        between = _minus(self._drawn[:, one], self._drawn[:, other])
+        return Comparison(
+            difference=Interval(observed, *_percentiles(between, self._level)),
+            p_value=(1 + as_far) / (1 + self._count),
+            wins=int((gaps > 0).sum()),
+            losses=int((gaps < 0).sum()),
+        )
 
 
 def _resampled(scores: Scores, seed: int, resamples: int) -> Array:
@@ -75,7 +79,7 @@ def _resampled(scores: Scores, seed: int, resamples: int) -> Array:
     random = np.random.default_rng([seed, 6])
     items = len(scores.weights)
     drawn = np.empty((resamples, len(scores.values)))
-    if type(scores) is not Scores:  # its utility is no plain mean
+    if type(scores) is not Scores:
         for row in range(resamples):
             drawn[row] = scores.take(random.integers(items, size=items)).utility()
         return drawn
@@ -112,10 +116,10 @@ def _swapped(pair: Scores, seed: int, resamples: int) -> Array:
     return differences
 
 
-def _percentiles(drawn: Array, level: float) -> Array:
-    """The bounds of the central `level` of each column: [2, columns]. No interpolation: it cannot pass -inf."""
-    ranks = [50 * (1 - level), 50 * (1 + level)]
-    return np.asarray(np.percentile(drawn, ranks, axis=0, method="nearest"), dtype=np.float64)
+def _percentiles(drawn: Array, level: float) -> tuple[float, float]:
+    """The bounds of the central `level`. No interpolation: it cannot pass -inf."""
+    low, high = np.percentile(drawn, [50 * (1 - level), 50 * (1 + level)], method="nearest")
+    return float(low), float(high)
 
 
 def _split(values: Array) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from token_swarm_server.cli.expert import expert
 from token_swarm_server.cli.generate import generate
 from token_swarm_server.cli.particles import particles
 from token_swarm_server.cli.score import score
+from token_swarm_server.cli.search import search
 from token_swarm_server.cli.serve import serve
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Several language models as one: mixes their next-token distributions, whatever the tokenizers.\n\n"
     "Start with `token-swarm demo`. Every command has --help with an example.",
 )
-for command in (demo, serve, generate, score, expert, doctor):
+for command in (demo, serve, generate, score, search, expert, doctor):
     app.command()(command)
 app.add_typer(particles, name="particles")
 

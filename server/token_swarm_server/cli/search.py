@@ -1,0 +1,294 @@
+"""`token-swarm search`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from token_swarm.errors import BadParameter
+from token_swarm_server.cli import options, session
+from token_swarm_server.cli.errors import FAILURE, INTERRUPTED, CliError
+from token_swarm_server.config import load_settings
+
+if TYPE_CHECKING:
+    from token_swarm.search.run import SearchConfig
+    from token_swarm_server.search_task import Goal, Judging, Preparation
+
+_DECODING = "Of utilities that write text: "
+
+
+def search(
+    config: Annotated[Path, typer.Option(help="YAML file with the experts.", metavar="FILE")],
+    utility: Annotated[
+        list[str],
+        typer.Option(
+            help="What is maximised: loglikelihood, multiple-choice, preference, exact-match, regex, reward or judge. "
+            "Repeat it, with a --data each, for the harmonic mean.",
+            metavar="NAME",
+        ),
+    ],
+    data: Annotated[list[Path], typer.Option(help="JSONL file of examples.", metavar="FILE")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on.", metavar="DIR")],
+    name: Annotated[str, typer.Option(help="Name of the particle.")] = "learned",
+    particles: Annotated[
+        Path | None, typer.Option(help="Also write the particle into this folder, for a server.", metavar="DIR")
+    ] = None,
+    rule: options.RuleOption = None,
+    temperatures: Annotated[bool, typer.Option("--temperatures", help="Also learn a temperature per expert.")] = False,
+    optimiser: Annotated[
+        str, typer.Option(help="swarm, model-swarms, cma, nelder-mead, differential-evolution or random.")
+    ] = "swarm",
+    swarm_size: Annotated[int, typer.Option("--swarm-size", help="Particles.", min=1)] = 20,
+    iterations: Annotated[int, typer.Option(help="Most iterations.", min=1)] = 50,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="Of the optimiser, such as inertia=0.5; repeatable.", metavar="KEY=N")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same particle.", min=0, max=2**63)] = 0,
+    test: Annotated[float, typer.Option(help="Share of the examples that is held out; 0: none.")] = 0.5,
+    limit: Annotated[int | None, typer.Option(help="Use the first N examples of each file.", min=1)] = None,
+    race: Annotated[
+        str | None,
+        typer.Option(help="Examples after which half of the particles drop out: 25,50,100.", metavar="N,..."),
+    ] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="Optimiser to compare with in the report; repeatable.", metavar="NAME")
+    ] = None,
+    normalise: Annotated[str, typer.Option(help="Choices are compared by their sum, or per bytes.")] = "sum",
+    temperature: Annotated[float, typer.Option(help=f"{_DECODING}0 is greedy.")] = 0.0,
+    max_bytes: Annotated[int, typer.Option(help=f"{_DECODING}most bytes of each.", min=1)] = 300,
+    stop: Annotated[list[str] | None, typer.Option(help=f"{_DECODING}ends one; repeatable.")] = None,
+    extract: Annotated[
+        str | None, typer.Option(help="Of exact-match: the answer is the last match; `number`: the last number.")
+    ] = None,
+    reward: Annotated[str | None, typer.Option(help="module:function, or a sequence classifier.")] = None,
+    judge: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible API.", metavar="URL")] = None,
+    judge_model: Annotated[str, typer.Option(help="Model that judges.")] = "",
+    judge_key: Annotated[str | None, typer.Option(help="Environment variable with its key.", metavar="NAME")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that evaluate.", min=1)] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Evaluate on a Ray cluster: its address, or `local`.", metavar="ADDRESS")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html with plots.")] = True,
+    as_json: options.Json = False,
+) -> None:
+    """Learn how to mix the experts from examples.
+
+    Each expert reads the data once; then a swarm of mixtures is scored from what they said. The folder holds the
+    particle, the history, a checkpoint that a stopped search goes on from, and a report with held-out scores.
+
+    \b
+    Examples:
+      token-swarm search --config examples/demo.yaml --out runs/code \\
+        --utility loglikelihood --data .cache/data/code.jsonl --reference model-swarms --reference cma
+      token-swarm search --config examples/demo.yaml --out runs/hellaswag --rule linear \\
+        --utility multiple-choice --data .cache/data/hellaswag.jsonl
+      token-swarm search --config examples/demo.yaml --out runs/gsm8k --race 25,50,100 \\
+        --utility exact-match --data .cache/data/gsm8k.jsonl --extract number
+      token-swarm particles compare runs/code/particle.json runs/hellaswag/particle.json
+    """
+    with _told():
+        from token_swarm.search.measure import Measure
+        from token_swarm_server.cli.search_display import Display
+
+        settings = load_settings(config)
+        goals = _goals(utility, data, limit)
+        judging = _judging(normalise, temperature, max_bytes, stop, extract, reward, judge, judge_model, judge_key)
+        _require_parts(goals, judging, reference or [])
+        chosen = _search_config(
+            name, optimiser, {"particles": swarm_size, "iterations": iterations}, setting, seed, race
+        )
+        if not 0 <= test < 1:
+            raise BadParameter("--test", test, "a share of at least 0 and below 1")
+        measure = Measure.of(goals[0].utility.value if len(goals) == 1 else "harmonic")
+        with Display(session.stderr_console(), measure, iterations) as display:
+            preparation = _prepare(settings, goals, judging, rule, temperatures, test, display)
+            outcome = _run(preparation, chosen, out, particles, workers, ray, list(reference or ()), report, display)
+        if as_json:
+            print(json.dumps(outcome["json"]))
+        else:
+            _print(outcome, measure)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What can go wrong, as a line and an exit code. The folder keeps its checkpoint."""
+    from token_swarm.experts.transformers_loading import ExpertLoadError
+    from token_swarm.search.data import DataError
+    from token_swarm.search.run import SearchFailed
+    from token_swarm.search.utility import UtilityUnavailable
+
+    try:
+        yield
+    except DataError as error:
+        raise CliError(f"--data: {error}") from error
+    except (SearchFailed, UtilityUnavailable) as error:
+        raise CliError(f"{error}; the same command goes on from the last checkpoint", FAILURE) from error
+    except (ExpertLoadError, ImportError) as error:
+        raise CliError(str(error), FAILURE) from error
+    except OSError as error:
+        raise CliError(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILURE) from error
+    except KeyboardInterrupt:
+        session.stderr_console().print("stopped; the same command goes on from the last checkpoint", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _goals(utilities: list[str], files: list[Path], limit: int | None) -> tuple[Goal, ...]:
+    from token_swarm_server.search_task import Goal, UtilityName
+
+    if len(utilities) != len(files):
+        raise CliError(f"--data: {len(files)} files for {len(utilities)} utilities; give one --data for each --utility")
+    names = [each.value for each in UtilityName]
+    for each in utilities:
+        if each not in names:
+            raise BadParameter("--utility", each, f"one of {', '.join(names)}")
+    return tuple(Goal.load(UtilityName(each), path, limit) for each, path in zip(utilities, files, strict=True))
+
+
+def _judging(
+    normalise: str,
+    temperature: float,
+    max_bytes: int,
+    stop: list[str] | None,
+    extract: str | None,
+    reward: str | None,
+    judge: str | None,
+    judge_model: str,
+    judge_key: str | None,
+) -> Judging:
+    from token_swarm.decoding.request import DecodeRequest
+    from token_swarm.mixing.shaping import Shaping
+    from token_swarm.search.utilities import NUMBER, JudgeSettings, Normalise
+    from token_swarm_server.search_task import Judging
+
+    if normalise not in [each.value for each in Normalise]:
+        raise BadParameter("--normalise", normalise, "sum or bytes")
+    if judge is not None and not judge_model:
+        raise CliError("--judge-model: is missing; name the model that --judge serves")
+    return Judging(
+        normalise=Normalise(normalise),
+        extract=NUMBER if extract == "number" else extract,
+        numeric=extract == "number",
+        reward=reward,
+        judge=None if judge is None else JudgeSettings(judge, judge_model, key_variable=judge_key),
+        request=DecodeRequest(
+            shaping=Shaping(temperature=temperature),
+            max_bytes=max_bytes,
+            stop=tuple(options.read_text("--stop", each).encode() for each in stop or ()),
+        ),
+    )
+
+
+def _require_parts(goals: tuple[Goal, ...], judging: Judging, references: list[str]) -> None:
+    """Refuse, before anything is loaded, a utility without what it asks, and optimisers that do not exist."""
+    from token_swarm.search.optimisers import OPTIMISERS
+
+    for each in references:
+        if each not in OPTIMISERS:
+            raise BadParameter("--reference", each, f"one of {', '.join(OPTIMISERS)}")
+    names = [goal.utility.value for goal in goals]
+    if "judge" in names and judging.judge is None:
+        raise CliError(
+            "--judge: is missing; give the URL of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1"
+        )
+    if "reward" in names and judging.reward is None:
+        raise CliError(
+            "--reward: is missing; give module:function, or the directory or hub id of a sequence classifier"
+        )
+
+
+def _search_config(
+    name: str, optimiser: str, budget: dict[str, int], setting: list[str] | None, seed: int, race: str | None
+) -> SearchConfig:
+    from token_swarm.search.run import SearchConfig
+
+    settings: dict[str, Any] = dict(budget)
+    for pair in setting or ():
+        key, _, text = pair.partition("=")
+        try:
+            settings[key] = int(text) if text.lstrip("-").isdigit() else float(text)
+        except ValueError:
+            raise CliError(f"--setting: {pair!r} is not KEY=NUMBER, such as inertia=0.5") from None
+    try:
+        rungs = None if race is None else tuple(int(part) for part in race.split(","))
+    except ValueError:
+        raise CliError(f"--race: {race!r} is not a list of numbers such as 25,50,100") from None
+    return SearchConfig(name=name, optimiser=optimiser, settings=settings, seed=seed, race=rungs)
+
+
+def _prepare(
+    settings: Any,
+    goals: tuple[Goal, ...],
+    judging: Judging,
+    rule: options.RuleName | None,
+    temperatures: bool,
+    test: float,
+    display: Any,
+) -> Preparation:
+    from token_swarm.particle import Rule
+    from token_swarm.search.space import Space
+    from token_swarm_server.search_task import LocalExperts, Preparation
+
+    models = session.ready_models(settings, session.stderr_console())
+    experts = LocalExperts.of(settings, models)
+    space = Space(tuple(models), Rule(rule.value if rule else settings.coordinator.rule), temperatures)
+    return Preparation(experts, goals, judging, space, test, display.reading)
+
+
+def _run(
+    preparation: Preparation,
+    config: SearchConfig,
+    out: Path,
+    particles: Path | None,
+    workers: int,
+    ray: str | None,
+    references: list[str],
+    report: bool,
+    display: Any,
+) -> dict[str, Any]:
+    from token_swarm.search.comparison import make_table
+    from token_swarm.search.report import comparison_json, write_report
+    from token_swarm.search.run import PARTICLE, Search
+    from token_swarm_server.search_task import evaluating
+
+    task = preparation.task(workers=workers if ray is None else max(workers, 2))
+    with evaluating(workers, ray) as evaluator:
+        result = Search(task, config, out, evaluator, progress=display.iteration).run()
+        table = make_table(task, config, result, evaluator, references=references, progress=display.working)
+    page = write_report(out, task, result, table) if report else None
+    if particles is not None:
+        result.particle.save(particles / f"{result.particle.name}.json")
+    document = {
+        "particle": json.loads(result.particle.to_json()),
+        "file": str(out / PARTICLE),
+        "report": None if page is None else str(page),
+        "iterations": result.iterations,
+        "evaluations": result.evaluations,
+        "examples": result.examples,
+        "failures": result.failures,
+        "seconds": result.seconds,
+        "comparison": comparison_json(table),
+    }
+    return {"json": document, "table": table, "result": result, "report": page, "out": out}
+
+
+def _print(outcome: dict[str, Any], measure: Any) -> None:
+    from rich.console import Console
+
+    from token_swarm.search.run import PARTICLE
+    from token_swarm_server.cli.search_display import comparison_table
+
+    console, result = Console(), outcome["result"]
+    console.print(comparison_table(outcome["table"], measure))
+    failed = f", {result.failures} particles failed" if result.failures else ""
+    console.print(
+        f"{result.iterations} iterations, {result.evaluations:,} evaluations in {result.seconds:.2f} s{failed}",
+        highlight=False,
+    )
+    console.print(f"particle: {outcome['out'] / PARTICLE}", highlight=False, soft_wrap=True)
+    if outcome["report"] is not None:
+        console.print(f"report:   {outcome['report']}", highlight=False, soft_wrap=True)

@@ -1,0 +1,206 @@
+"""`token-swarm search` and `particles compare` with small random models, from the command to the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from token_swarm_server.cli import app
+from typer.testing import CliRunner
+
+from tests.conftest import save_small_llama
+from token_swarm.particle import Mixture, Particle, Rule
+
+TEXTS = ["the cat sat", "the rat ate", "on the mat", "a hat and a cat", "the mat sat on the hat", "that rat", "a cat"]
+SIZES = {"small": 270, "large": 280}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration of two small experts, and data."""
+    folder = tmp_path_factory.mktemp("search")
+    for name, vocabulary in SIZES.items():
+        save_small_llama(folder / name, vocabulary)
+    experts = "".join(f"  {name}: {{model: {folder / name}, threads: 1, max_context: 128}}\n" for name in SIZES)
+    (folder / "config.yaml").write_text(f"experts:\n{experts}cache: {folder / 'cache'}\n")
+    write(folder / "texts.jsonl", [{"prompt": "so ", "text": text} for text in TEXTS])
+    write(folder / "choices.jsonl", [{"prompt": "the ", "choices": ["cat", text], "answer": 0} for text in TEXTS])
+    write(folder / "answers.jsonl", [{"prompt": f"{text}: ", "answers": ["a"]} for text in TEXTS])
+    write(folder / "prompts.jsonl", [{"prompt": text} for text in TEXTS])
+    return folder
+
+
+def write(path: Path, examples) -> None:
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+
+
+def run(home: Path, utility: str, file: str, out: Path, *more: str):
+    data = str(home / file)
+    fixed = ["--config", str(home / "config.yaml"), "--out", str(out), "--swarm-size", "5", "--iterations", "6"]
+    return CliRunner().invoke(app, ["search", *fixed, "--utility", utility, "--data", data, *more])
+
+
+def learned(home: Path, utility: str, file: str, out: Path, *more: str):
+    result = run(home, utility, file, out, "--json", *more)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def refused(result, *words: str, code: int = 2) -> None:
+    assert result.exit_code == code, result.output
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("error: "), lines
+    for word in words:
+        assert word in lines[-1]
+
+
+def length(prompt: str, text: str) -> float:
+    """A reward for the tests."""
+    return float(len(text))
+
+
+@pytest.mark.parametrize("rule", [rule.value for rule in Rule])
+def test_a_likelihood_from_command_to_report(home: Path, tmp_path: Path, rule: str) -> None:
+    store = tmp_path / "particles"
+    more = ["--rule", rule, "--reference", "random", "--particles", str(store), "--name", "mine"]
+    more += ["--no-report"] if rule == "log-linear" else []
+    document = learned(home, "loglikelihood", "texts.jsonl", tmp_path / "run", *more)
+    particle = Particle.load(store / "mine.json")
+    assert particle == Particle.load(tmp_path / "run" / "particle.json")
+    assert (particle.name, particle.mixture.rule.value, particle.utility) == ("mine", rule, "loglikelihood")
+    assert particle.fingerprints.keys() == SIZES.keys()
+    assert document["particle"]["weights"] == particle.mixture.weights
+    names = [row["name"] for row in document["comparison"]["rows"]]
+    assert names == ["learned", *SIZES, "uniform", "random", f"oracle ({'EM' if rule == 'linear' else 'L-BFGS'})"]
+    scores = {row["name"]: row["dev"]["value"] for row in document["comparison"]["rows"]}
+    assert scores["learned"] == pytest.approx(scores[names[-1]], abs=1e-6)
+    assert scores["learned"] >= max(scores[name] for name in SIZES)
+    if rule == "linear":
+        assert "bits per byte" in Path(document["report"]).read_text(encoding="utf-8")
+
+
+def test_the_search_predicts_what_score_says(home: Path, tmp_path: Path) -> None:
+    """The learned particle's dev and test scores are those of scoring the texts by the ensemble itself."""
+    from token_swarm.decoding.in_process import LocalEnsemble
+    from token_swarm.experts.transformers import TransformersExpert
+    from token_swarm.search.data import TextExample, load_jsonl
+
+    learned(home, "loglikelihood", "texts.jsonl", tmp_path, "--no-report")
+    particle = Particle.load(tmp_path / "particle.json")
+    experts = {name: TransformersExpert(name, home / name, threads=1, max_context=128) for name in SIZES}
+    local = LocalEnsemble(experts)
+    dataset = load_jsonl(home / "texts.jsonl", TextExample)
+    for side, score in zip(dataset.split(0.5), (particle.dev_score, particle.test_score), strict=True):
+        own = [dataset.examples[i] for i in side]
+        nats = sum(local.score(each.prompt, each.text, particle.mixture).log_prob for each in own)
+        assert nats / sum(len(each.text.encode()) for each in own) == pytest.approx(score, abs=1e-4)
+
+
+def test_a_run_again_goes_on_and_another_one_is_refused(home: Path, tmp_path: Path) -> None:
+    first = learned(home, "loglikelihood", "texts.jsonl", tmp_path, "--no-report")
+    again = run(home, "loglikelihood", "texts.jsonl", tmp_path, "--no-report", "--json")
+    assert "goes on after iteration" in again.stderr
+    assert json.loads(again.stdout)["particle"] == first["particle"]
+    other = run(home, "loglikelihood", "texts.jsonl", tmp_path, "--seed", "4")
+    refused(other, "seed was 0, now 4", "checkpoint.json")
+    fewer = run(home, "loglikelihood", "texts.jsonl", tmp_path, "--limit", "6")
+    refused(fewer, "the data had hash")
+
+
+def test_people_get_a_table(home: Path, tmp_path: Path) -> None:
+    result = run(home, "multiple-choice", "choices.jsonl", tmp_path, "--rule", "linear", "--normalise", "bytes")
+    assert result.exit_code == 0, result.output
+    for words in ("accuracy, %", "learned", "uniform", "small", "report.html", "evaluations"):
+        assert words in result.stdout
+    assert "iteration 1, 5 evaluations" in result.stderr
+    assert (tmp_path / "emergence.png").stat().st_size > 5000
+
+
+def test_a_reward_on_written_texts_races(home: Path, tmp_path: Path) -> None:
+    more = ("--reward", "tests.search.test_cli_search:length", "--max-bytes", "3", "--race", "2", "--test", "0.3")
+    more += ("--optimiser", "random", "--no-report", "--iterations", "2")
+    document = learned(home, "reward", "prompts.jsonl", tmp_path, *more)
+    rows = document["comparison"]["rows"]
+    assert max(row["dev"]["value"] for row in rows) <= 3
+    assert document["examples"] < document["evaluations"] * len(TEXTS)
+    assert document["report"] is None
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_choices_and_a_likelihood_have_a_harmonic_mean(home: Path, tmp_path: Path) -> None:
+    more = ("--utility", "loglikelihood", "--data", str(home / "texts.jsonl"), "--no-report")
+    document = learned(home, "multiple-choice", "choices.jsonl", tmp_path, *more)
+    assert document["particle"]["utility"] == "harmonic"
+    assert 0 <= document["particle"]["dev_score"] <= 1
+
+
+BAD = {
+    "line": ("loglikelihood", "bad.jsonl", (), ["bad.jsonl", "line 2", "text"]),
+    "missing file": ("loglikelihood", "none.jsonl", (), ["none.jsonl"]),
+    "utility": ("perplexity", "texts.jsonl", (), ["--utility", "perplexity", "loglikelihood"]),
+    "data for each": ("loglikelihood", "texts.jsonl", ("--utility", "preference"), ["--data", "1 files for 2"]),
+    "optimiser": ("loglikelihood", "texts.jsonl", ("--optimiser", "adam"), ["optimiser", "adam", "model-swarms"]),
+    "reference": ("loglikelihood", "texts.jsonl", ("--reference", "adam"), ["--reference", "adam"]),
+    "setting": ("loglikelihood", "texts.jsonl", ("--setting", "inertia"), ["--setting", "inertia"]),
+    "setting name": ("loglikelihood", "texts.jsonl", ("--setting", "speed=1"), ["speed", "inertia"]),
+    "race": ("loglikelihood", "texts.jsonl", ("--race", "a"), ["--race"]),
+    "race of a likelihood": ("loglikelihood", "texts.jsonl", ("--race", "2"), ["race"]),
+    "test": ("loglikelihood", "texts.jsonl", ("--test", "1"), ["--test"]),
+    "empty split": ("loglikelihood", "texts.jsonl", ("--test", "0.0001"), ["test split", "empty"]),
+    "normalise": ("multiple-choice", "choices.jsonl", ("--normalise", "tokens"), ["--normalise", "sum or bytes"]),
+    "judge": ("judge", "prompts.jsonl", (), ["--judge"]),
+    "judge model": ("judge", "prompts.jsonl", ("--judge", "http://x"), ["--judge-model"]),
+    "reward": ("reward", "prompts.jsonl", (), ["--reward"]),
+    "temperatures": ("loglikelihood", "texts.jsonl", ("--temperatures",), ["temperature", "cached bytes"]),
+}
+
+
+@pytest.mark.parametrize(("utility", "file", "more", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_one_line(home: Path, tmp_path: Path, utility, file, more, words) -> None:
+    (home / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    code = 1 if file == "none.jsonl" else 2
+    refused(run(home, utility, file, tmp_path / "run", *more), *words, code=code)
+    assert not (tmp_path / "run" / "particle.json").exists()
+
+
+def test_a_judge_that_is_not_there_is_said_so(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("token_swarm.search.utilities.judge.JudgeSettings.retries", 0)
+    more = ("--judge", "http://127.0.0.1:9/v1", "--judge-model", "none", "--max-bytes", "1", "--limit", "2")
+    refused(run(home, "judge", "prompts.jsonl", tmp_path, *more), "judge", "does not answer", "goes on", code=1)
+
+
+def particle_file(folder: Path, name: str, **fields) -> str:
+    mixture = Mixture({"a": 3.0, "b": 1.0}, Rule.LINEAR)
+    given = {"fingerprints": {"a": "1" * 64}, "utility": "loglikelihood", "data_hash": "2" * 64, "dev_score": -0.5}
+    Particle(name, **{"mixture": mixture, **given, **fields}).save(folder / f"{name}.json")
+    return str(folder / f"{name}.json")
+
+
+def test_particles_are_put_side_by_side(tmp_path: Path) -> None:
+    one = particle_file(tmp_path, "one")
+    two = particle_file(tmp_path, "two", mixture=Mixture({"a": -0.25, "c": 1.0}, temperatures={"c": 1.5}))
+    result = CliRunner().invoke(app, ["particles", "compare", one, two])
+    assert result.exit_code == 0, result.output
+    table = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in rows(result.stdout)}
+    assert table["a"] == ["0.75", "-0.25"]
+    assert table["b"] == ["0.25", "-"]
+    assert table["c temperature"] == ["1", "1.5"]
+    assert table["dev"] == ["-0.5", "-0.5"]
+    assert "cannot be compared" not in result.stdout
+
+
+def rows(text: str):
+    return [re.split("[│┃]", line) for line in text.splitlines() if "│" in line or "┃" in line]
+
+
+def test_a_comparison_says_what_cannot_be_compared(tmp_path: Path) -> None:
+    files = [particle_file(tmp_path, "one"), particle_file(tmp_path, "two", data_hash="3", fingerprints={"a": "4"})]
+    result = CliRunner().invoke(app, ["particles", "compare", "--json", *files])
+    document = json.loads(result.stdout)
+    assert [each["name"] for each in document["particles"]] == ["one", "two"]
+    assert len(document["notes"]) == 2
+    assert "expert a" in document["notes"][1]
+    refused(CliRunner().invoke(app, ["particles", "compare", files[0]]), "two or more")
+    refused(CliRunner().invoke(app, ["particles", "compare", files[0], str(tmp_path / "no.json")]), "no.json")
