@@ -16,11 +16,11 @@ from tests.conftest import EXPERTS
 from tests.laws.ensembles import DUPLICATES, LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.errors import BadParameter, ExpertFault, FailedPrecondition, PromptTooLong, UnknownName
-from token_swarm.experts.contract import Expert, Op, StepResult
+from token_swarm.experts.contract import EncodedPrompt, Expert, Op, StepResult
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.experts.transformers import TransformersExpert
 from token_swarm.particle import Mixture, Rule
-from token_swarm.search.score_cache import SHARD, ExpertKey, ScoreCache, fill, filled, model_identity
+from token_swarm.search.score_cache import SHARD, Detail, ExpertKey, ScoreCache, fill, filled, model_identity
 from token_swarm.search.scoring import CHUNK, LawReader, Passage
 from token_swarm.search.utilities import LogLikelihood, bits_per_byte
 
@@ -225,18 +225,111 @@ def test_it_travels_to_another_process(tmp_path: Path, experts: dict[str, Expert
     assert np.array_equal(pickle.loads(pickle.dumps(cache)).score(MIXTURES), cache.score(MIXTURES))
 
 
+SHARED = [NESTED, LONG, NESTED, NESTED]
+"""e0, e2 and e3 form one group."""
+LINEAR_IN_A_GROUP = [
+    Mixture({"e0": 1.0, "e2": 3.0}, Rule.LINEAR),
+    Mixture({"e0": 0.2, "e1": 0.5, "e2": 0.1, "e3": 0.2}, Rule.LINEAR),
+    Mixture({"e1": 0.4, "e3": 0.6, "e0": 0.0}, Rule.LINEAR),
+]
+WITH_ROWS = [
+    Mixture({"e0": 0.4, "e2": 0.9}),
+    Mixture({"e0": 1.4, "e2": -0.9, "e3": 0.2}),
+    Mixture({"e0": 0.5, "e2": -0.5}),
+    Mixture({"e1": 0.6}),
+    Mixture({"e1": 1.0}, temperatures={"e1": 1.7}),
+    Mixture({"e0": 0.4, "e2": 0.9}, temperatures={"e2": 0.5}),
+    Mixture({"e0": 0.4, "e1": 0.9}, Rule.LINEAR, {"e1": 0.5}),
+    Mixture({"e0": 0.4, "e2": 0.3, "e1": 0.9}, Rule.LINEAR, {"e0": 1.5}),
+]
+
+
+@pytest.mark.parametrize(
+    ("detail", "mixtures"), [(Detail.MASSES, LINEAR_IN_A_GROUP), (Detail.ROWS, [*LINEAR_IN_A_GROUP, *WITH_ROWS])]
+)
+def test_what_is_mixed_token_by_token_is_the_scorers_too(
+    tmp_path: Path, detail: Detail, mixtures: list[Mixture]
+) -> None:
+    experts = toys(SHARED)
+    keys = [fill(tmp_path, expert, PASSAGES, detail=detail) for expert in experts.values()]
+    cache, local = ScoreCache(tmp_path, keys, PASSAGES), LocalEnsemble(experts)
+    assert not cache.bytewise
+    chosen = [0, 1, 4, SHARD - 1, SHARD]
+    cached = cache.score(mixtures, chosen)
+    for mixture, row in zip(mixtures, cached, strict=True):
+        for index, figure in zip(chosen, row, strict=True):
+            passage = PASSAGES[index]
+            expected = local.score(passage.prompt, passage.text, mixture).log_prob
+            assert figure == pytest.approx(expected, abs=1e-7 * passage.size)
+    for low, high in ((0, 1), (1, len(mixtures))):
+        assert np.array_equal(cache.score(mixtures[low:high], [4, SHARD]), cached[low:high, [2, 4]])
+
+
+def test_a_prompt_that_ends_inside_a_word_is_mixed_token_by_token(tmp_path: Path) -> None:
+    experts = toys([DUPLICATES, DUPLICATES])
+    passages = [Passage(prompt, text) for prompt in ("a", "ca", "cab", "bbab") for text in ("b", "c", "bcab", "abca")]
+    keys = [fill(tmp_path, expert, passages, detail=Detail.ROWS) for expert in experts.values()]
+    cache, local = ScoreCache(tmp_path, keys, passages), LocalEnsemble(experts)
+    for mixture in (Mixture({"e0": 0.3, "e1": 0.7}, Rule.LINEAR), Mixture({"e0": 0.3, "e1": 0.9})):
+        expected = [local.score(passage.prompt, passage.text, mixture).log_prob for passage in passages]
+        assert cache.score([mixture])[0] == pytest.approx(expected, abs=1e-9)
+
+
 def test_what_bytes_do_not_carry_is_refused(tmp_path: Path) -> None:
     cache = build(tmp_path, toys([NESTED, LONG, NESTED]))
-    with pytest.raises(BadParameter, match=r"e0, e2: they share a vocabulary"):
+    with pytest.raises(BadParameter, match=r"e0, e2: they share a vocabulary .*Detail\.MASSES"):
+        cache.score([Mixture({"e0": 0.5, "e2": 0.5}, Rule.LINEAR)])
+    with pytest.raises(BadParameter, match=r"e0, e2: they share a vocabulary .*Detail\.ROWS"):
         cache.score([Mixture({"e0": 0.5, "e2": 0.5})])
-    with pytest.raises(BadParameter, match=r"temperatures\[e1\].*tokens"):
+    with pytest.raises(BadParameter, match=r"e0, e2: they share a vocabulary .*across vocabularies"):
+        cache.score([Mixture({"e0": 0.5, "e1": 0.5, "e2": 0.5})])
+    with pytest.raises(BadParameter, match=r"temperatures\[e1\].*reshapes tokens; across vocabularies"):
         cache.score([Mixture({"e0": 0.5, "e1": 0.5}, temperatures={"e1": 1.2})])
-    with pytest.raises(BadParameter, match=r"weights\[e1\].*single expert"):
+    with pytest.raises(BadParameter, match=r"temperatures\[e1\].*reshapes tokens.*Detail\.ROWS"):
+        cache.score([Mixture({"e0": 0.5, "e1": 0.5}, Rule.LINEAR, temperatures={"e1": 1.2})])
+    with pytest.raises(BadParameter, match=r"weights\[e1\].*single expert.*Detail\.ROWS"):
         cache.score([Mixture({"e1": 0.5})])
     with pytest.raises(UnknownName, match="e7"):
         cache.score([Mixture({"e7": 1.0})])
     # Only what is run counts.
     cache.score([Mixture({"e0": 0.5, "e1": 0.5, "e2": 0.0}, temperatures={"e2": 3.0})])
+
+
+def test_more_detail_is_added_to_what_is_there(tmp_path: Path) -> None:
+    expert = Counting(ToyExpert("e0", NESTED))
+    key = fill(tmp_path, expert, PASSAGES)
+    plain = ScoreCache(tmp_path, [key], PASSAGES).score([Mixture({"e0": 1.0})])
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("0*.safetensors")}
+    assert filled(tmp_path, PASSAGES, "e0", "", Detail.MASSES) is None
+    assert fill(tmp_path, expert, PASSAGES, detail=Detail.ROWS) == key
+    assert filled(tmp_path, PASSAGES, "e0", "", Detail.ROWS) == key
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    cache = ScoreCache(tmp_path, [key], PASSAGES)
+    assert np.array_equal(cache.score([Mixture({"e0": 1.0})]), plain)
+    # A power of 1 by way of the rows is the expert itself.
+    assert cache.score([Mixture({"e0": 1.0 + 1e-12})]) == pytest.approx(plain, abs=1e-5)
+
+
+def test_rows_that_are_too_large_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadParameter, match=r"logit rows of e0: '0\.00 GB'.*the limit"):
+        fill(tmp_path, ToyExpert("e0", NESTED), PASSAGES, detail=Detail.ROWS, rows_limit=100)
+    assert LawReader(ToyExpert("e0", NESTED)).row_bytes([Passage("", "abcabc")]) == 2 * NESTED.width * 8
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+class Blind(ToyExpert):
+    """Reads no prompt, so that no token of it is taken back."""
+
+    def encode(self, prompt: str, *, chat: bool = False) -> EncodedPrompt:
+        return EncodedPrompt((7,), 0)
+
+
+def test_members_that_read_a_passage_differently_are_refused(tmp_path: Path) -> None:
+    passages = [Passage("a", "bcab")]
+    experts = [ToyExpert("e0", NESTED), Blind("e1", NESTED)]
+    keys = [fill(tmp_path, expert, passages, detail=Detail.MASSES) for expert in experts]
+    with pytest.raises(BadParameter, match=r"passages\[0\]: 'bcab'.* e0, e1 read alike"):
+        ScoreCache(tmp_path, keys, passages).score([Mixture({"e0": 0.5, "e1": 0.5}, Rule.LINEAR)])
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from token_swarm.decoding.ensemble import Ensemble
@@ -16,7 +18,10 @@ from token_swarm.errors import ExpertFault
 from token_swarm.experts.contract import Close, Expert, Extend, Fork, Op, Open, Rows
 from token_swarm.mixing.byte_law import SYMBOLS, Array
 from token_swarm.mixing.groups import Group
+from token_swarm.mixing.trie import ByteTrie
 from token_swarm.particle import Rule
+from token_swarm.search.tape import Tape
+from token_swarm.vocabulary import Vocabulary
 
 CHUNK = 64
 """Tokens of one forward: bounds the logits in flight (64 rows of 262,144 float32 are 67 MB)."""
@@ -36,13 +41,31 @@ class Passage:
         return len(self.text.encode())
 
 
+class Detail(enum.IntEnum):
+    """How much of what an expert says is kept; each level holds the ones before it."""
+
+    BYTES = 0
+    """Next-byte laws: enough for experts that are mixed byte by byte."""
+    MASSES = 1
+    """What experts that share a vocabulary need to be mixed linearly, token by token."""
+    ROWS = 2
+    """Whole logit rows: everything else, temperatures included. Large: see `LawReader.row_bytes`."""
+
+
 @dataclass(frozen=True)
 class PassageLaws:
-    """laws: float64 [bytes, 257], the law before each byte of the text; token_log_prob: nats of its `tokens` tokens."""
+    """laws: float64 [bytes, 257], the law before each byte of the text; token_log_prob: nats of its `tokens` tokens.
+
+    From Detail.MASSES on: tape, masses [masses] and roots [rows, 257] (see `Tape`); at Detail.ROWS: rows [rows, width].
+    """
 
     laws: Array
     token_log_prob: float
     tokens: int
+    tape: Tape | None = None
+    masses: Array | None = None
+    roots: Array | None = None
+    rows: Tensor | None = None
 
 
 class LawReader:
@@ -51,9 +74,10 @@ class LawReader:
     Passages that follow one another and share their context share its forward.
     """
 
-    def __init__(self, expert: Expert, tries: Path | None = None) -> None:
+    def __init__(self, expert: Expert, tries: Path | None = None, detail: Detail = Detail.BYTES) -> None:
         """tries: folder in which the vocabulary's trie is kept."""
         spec = expert.spec
+        self._detail = detail
         self._expert, self._name = expert, spec.name
         self._ensemble = Ensemble.of({spec.name: spec}, tries)
         self._group = Group((spec,), (1.0,), (1.0,), 1.0, Rule.LINEAR)
@@ -66,6 +90,12 @@ class LawReader:
         paths = ((passage, self._path(passage)) for passage in passages)
         for context, shared in groupby(paths, key=lambda pair: pair[1].context):
             yield from self._read_shared(context, list(shared))
+
+    def row_bytes(self, passages: Iterable[Passage]) -> int:
+        """Size of the logit rows of `passages`, in the expert's dtype."""
+        spec = self._expert.spec
+        rows = sum(len(self._path(passage).tokens) for passage in passages)
+        return rows * spec.vocabulary.width * spec.dtype.itemsize
 
     def _path(self, passage: Passage) -> CanonicalPath:
         spec, encoded = self._expert.spec, self._expert.encode(passage.prompt, chat=passage.chat)
@@ -105,21 +135,42 @@ class LawReader:
         state, vocabulary = unit.states[0], self._group.vocabulary
         laws = np.empty((passage.size, SYMBOLS))
         token_log_prob = 0.0
+        trie = self._ensemble.tries[vocabulary.fingerprint]
+        kept = _Kept(trie, vocabulary, path, passage.text.encode()) if self._detail else None
         for at, byte in enumerate(passage.text.encode()):
             while (head := path.head(state.cold)) is not None:
-                token = path.tokens[len(head.tokens) - len(path.context)]
-                law = unit.make_law(0, [next(rows)])
+                row = len(head.tokens) - len(path.context)
+                token = path.tokens[row]
+                logits = next(rows)
+                law = unit.make_law(0, [logits])
                 position = law.trie.position(token, vocabulary.token_bytes[token] or b"")
                 with np.errstate(divide="ignore"):
                     token_log_prob += float(np.log(law.probabilities[position]))
                 state.feed(head, law)
+                if kept is not None:
+                    kept.tape.read(row, law, kept.masses, kept.roots)
+                if kept is not None and self._detail is Detail.ROWS:
+                    kept.rows.append(logits.clone())
             laws[at] = state.law()
             if not laws[at, byte] > 0:
                 raise ExpertFault(
                     self._name, f"byte {at} of the text {_shown(passage.text)} has probability 0: it cannot be cached"
                 )
             unit.advance(byte)
-        return PassageLaws(laws, token_log_prob, len(path.tokens))
+        if kept is None:
+            return PassageLaws(laws, token_log_prob, len(path.tokens))
+        whole = torch.stack(kept.rows) if kept.rows else None
+        return PassageLaws(laws, token_log_prob, len(path.tokens), kept.tape, kept.masses, kept.roots, whole)
+
+
+class _Kept:
+    """What is kept of a passage beyond its byte laws."""
+
+    def __init__(self, trie: ByteTrie, vocabulary: Vocabulary, path: CanonicalPath, text: bytes) -> None:
+        self.tape = Tape.of(trie, vocabulary, path, text)
+        self.masses = np.zeros(len(self.tape.intervals))
+        self.roots = np.zeros((self.tape.rows, SYMBOLS))
+        self.rows: list[Tensor] = []
 
 
 def _shown(text: str) -> str:
