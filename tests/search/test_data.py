@@ -135,3 +135,14 @@ def test_head() -> None:
     assert data.head(None) is data
     with pytest.raises(BadParameter, match="count"):
         data.head(0)
+
+
+def test_the_documented_examples_are_valid(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+    blocks = [block.split("\n```")[0] for block in text.split("```json\n")[1:]]
+    assert len(blocks) == len(VALID)
+    schemas = (TextExample, ChoiceExample, PreferenceExample, AnswerExample, PatternExample, PromptExample)
+    for schema, block in zip(schemas, blocks, strict=True):
+        path = tmp_path / "example.jsonl"
+        path.write_text(block, encoding="utf-8")
+        assert len(load_jsonl(path, schema)) == 1

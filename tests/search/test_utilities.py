@@ -10,7 +10,7 @@ import pytest
 
 from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
-from token_swarm.errors import BadParameter, UnknownName
+from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.data import ChoiceExample, PreferenceExample, TextExample
 from token_swarm.search.score_cache import ScoreCache, fill
@@ -21,8 +21,6 @@ from token_swarm.search.utilities import (
     MultipleChoice,
     Normalise,
     Preference,
-    cached_utility,
-    kind_of,
 )
 from token_swarm.search.utility import Scores, as_items
 
@@ -190,17 +188,3 @@ def test_scores_fit_together() -> None:
     assert joined.failures == ("broken", None, None)
     assert joined.weights.tolist() == [3.0, 5.0]
     assert Scores.join([right, right]).failures == ()
-
-
-def test_utilities_are_found_by_name(root: Path) -> None:
-    for name, examples in (("loglikelihood", TEXTS), ("multiple-choice", CHOICES), ("preference", PAIRS)):
-        passages = kind_of(name).passages
-        assert passages is not None
-        utility = cached_utility(name, cache_of(root, passages(examples)), examples, Normalise.BYTES)
-        assert utility.name == name
-        assert utility.items == len(examples)
-        assert isinstance(examples[0], kind_of(name).schema)
-    with pytest.raises(UnknownName, match="no utility named 'likelihood'; known: exact-match, judge"):
-        kind_of("likelihood")
-    with pytest.raises(BadParameter, match="utility: 'judge'"):
-        cached_utility("judge", cache_of(root, LogLikelihood.passages(TEXTS)), TEXTS)

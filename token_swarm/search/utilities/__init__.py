@@ -15,13 +15,11 @@ from token_swarm.search.utilities.generation import (
 )
 from token_swarm.search.utilities.harmonic import Harmonic, HarmonicScores
 from token_swarm.search.utilities.judge import Judge, JudgeClient, JudgeSettings, JudgeUsage
-from token_swarm.search.utilities.kinds import KINDS, Kind, cached_utility, kind_of
 from token_swarm.search.utilities.likelihood import LogLikelihood, bits_per_byte
 from token_swarm.search.utilities.prefixes import PrefixSharing
 from token_swarm.search.utilities.reward import Reward, RewardFunction, SequenceClassifier, load_function
 
 __all__ = [
-    "KINDS",
     "NUMBER",
     "ExactMatch",
     "Generate",
@@ -33,7 +31,6 @@ __all__ = [
     "JudgeClient",
     "JudgeSettings",
     "JudgeUsage",
-    "Kind",
     "LogLikelihood",
     "MultipleChoice",
     "Normalise",
@@ -44,8 +41,6 @@ __all__ = [
     "RewardFunction",
     "SequenceClassifier",
     "bits_per_byte",
-    "cached_utility",
-    "kind_of",
     "load_function",
     "local_generate",
 ]
