@@ -86,12 +86,14 @@ class Display:
         return Group(*lines)
 
 
-def weights_text(mixture: Mixture) -> str:
-    """ "smollm2=0.41 gemma3=0.77", temperatures behind an @."""
+def weights_text(mixture: Mixture, *, named: bool = True) -> str:
+    """ "smollm2=0.41 gemma3=0.77", temperatures behind an @; without names "0.41 0.77"."""
     parts = []
     for name, weight in mixture.weights.items():
         temperature = mixture.temperatures.get(name, 1.0)
-        parts.append(f"{name}={weight:.4g}" + (f"@{temperature:.3g}" if temperature != 1 else ""))
+        parts.append(
+            (f"{name}=" if named else "") + f"{weight:.4g}" + (f"@{temperature:.3g}" if temperature != 1 else "")
+        )
     return " ".join(parts)
 
 
@@ -99,14 +101,15 @@ def comparison_table(table: Comparison, measure: Measure) -> Table:
     """The report's table, for a terminal."""
     shown = Table(title=f"{measure.label}, {'higher' if measure.higher_is_better else 'lower'} is better")
     shown.add_column("mixture", overflow="fold")
-    shown.add_column("weights", overflow="fold")
+    names = list(table.rows[0].mixture.weights)
+    shown.add_column("\n".join(names), justify="right")
     for name in ("dev", "test", f"against {table.best_expert}", "p"):
         shown.add_column(name, justify="right")
     for row in table.rows:
         against = row.against_best
         shown.add_row(
             row.name,
-            weights_text(row.mixture).replace(" ", "\n"),
+            "\n".join(weights_text(row.mixture, named=False).split()),
             _with_interval(row.dev, measure),
             "-" if row.test is None else _with_interval(row.test, measure),
             "-" if against is None else measure.text(against.difference.value, signed=True),
@@ -120,7 +123,7 @@ def comparison_table(table: Comparison, measure: Measure) -> Table:
 def _with_interval(interval: Interval, measure: Measure) -> str:
     low, high = measure.bounds(interval)
     digits = max(measure.digits - 1, 0)
-    return f"{measure.text(interval.value)}\n{low:.{digits}f} to {high:.{digits}f}"
+    return f"{measure.text(interval.value)}\n{low:.{digits}f}–{high:.{digits}f}"
 
 
 def _bar(share: float, width: int = 24) -> str:
