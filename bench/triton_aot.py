@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ class Compiled:
     case: str
     kernel: str
     arch: int
+    threads: int
     registers: int
     spills: int
     loads_128: int
@@ -79,52 +80,46 @@ def recorded() -> Iterator[list[Launch]]:
         launch.launch = original
 
 
-def small_union() -> UnionMap:
-    """Three vocabularies that share some tokens, and each two ids for the same bytes."""
+def small_union(experts: int) -> UnionMap:
+    """Vocabularies that share some tokens."""
     tables = [
         Vocabulary((None, *(b"%d" % token for token in range(low, low + 4000)), b"3999"), (0,))
-        for low in (0, 1000, 3000)
+        for low in range(0, 1000 * experts, 1000)
     ]
     return UnionMap.build(tables)
 
 
-def calls() -> dict[str, Callable[[], object]]:
-    """Every public function in its variants, on arguments of real sizes and types."""
+def calls(experts: int, every_type: bool) -> dict[str, Callable[[], object]]:
+    """The public functions on arguments of real sizes; `every_type` adds the other types of logits and caches."""
     rows = 2
-    weights = torch.full((rows, EXPERTS), 1 / EXPERTS, dtype=torch.float64)
+    weights = torch.full((rows, experts), 1 / experts, dtype=torch.float64)
     allowed = torch.ones(WIDTH, dtype=torch.bool)
     plain = torch.ones(rows, dtype=torch.float64)
-    found: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        logits = [torch.empty(rows, WIDTH, dtype=dtype) for _ in range(EXPERTS)]
-        for rule in Rule:
-            name = f"{rule.value} {str(dtype).removeprefix('torch.')}"
-            found[f"mix {name}"] = lambda logits=logits, rule=rule: kernels.mix(logits, weights, weights, rule, allowed)
+    union = small_union(experts)
     probabilities = torch.empty(rows, WIDTH)
-    found["shape"] = lambda: kernels.shape(probabilities, plain, plain.int(), plain, plain)
-    found["choose"] = lambda: kernels.choose(probabilities, plain, plain.bool())
-    found["prefix_mass"] = lambda: kernels.prefix_mass(probabilities, torch.arange(WIDTH))
-    union = small_union()
-    for dtype in (torch.bfloat16, torch.float32):
-        own = [torch.empty(rows, 4096, dtype=dtype) for _ in range(EXPERTS)]
+    found: dict[str, Callable[[], object]] = {
+        "shape": lambda: kernels.shape(probabilities, plain, plain.int(), plain, plain),
+        "choose": lambda: kernels.choose(probabilities, plain, plain.bool()),
+        "prefix_mass": lambda: kernels.prefix_mass(probabilities, torch.arange(WIDTH)),
+    }
+    for dtype in (torch.bfloat16, torch.float16, torch.float32) if every_type else (torch.bfloat16,):
+        logits = [torch.empty(rows, WIDTH, dtype=dtype) for _ in range(experts)]
         for rule in Rule:
-            name = f"{rule.value} {str(dtype).removeprefix('torch.')}"
-            found[f"union {name}"] = lambda own=own, rule=rule: kernels.mix_union(
-                own, weights, weights, rule, union, -30.0
-            )
-    particles = torch.empty(64, EXPERTS, dtype=torch.float64)
-    offsets = torch.tensor([0, 4096])
-    for dtype in (torch.float32, torch.float64):
-        masses = torch.empty(EXPERTS, 4096, dtype=dtype)
+            name = f"{rule.value}, {str(dtype).removeprefix('torch.')}"
+            mixing = (logits, weights, weights, rule)
+            found[f"mix {name}"] = lambda mixing=mixing: kernels.mix(*mixing, allowed)
+            found[f"union {name}"] = lambda mixing=mixing: kernels.mix_union(*mixing, union, -30.0)
+    particles = torch.empty(64, experts, dtype=torch.float64)
+    targets, offsets = torch.zeros(16, dtype=torch.int64), torch.tensor([0, 16])
+    for dtype in (torch.float32, torch.float64) if every_type else (torch.float32,):
         name = str(dtype).removeprefix("torch.")
-        found[f"score linear {name}"] = lambda masses=masses: kernels.score_linear(masses, particles, offsets)
-    for dtype, symbols in ((torch.float32, 257), (torch.float32, 151_936), (torch.bfloat16, 151_936)):
-        laws = torch.empty(1, dtype=dtype).expand(4096, EXPERTS, symbols)
-        laws = torch.empty(16, EXPERTS, symbols, dtype=dtype)
-        name = f"{symbols} {str(dtype).removeprefix('torch.')}"
-        found[f"score log-linear {name}"] = lambda laws=laws: kernels.score_log_linear(
-            laws, torch.zeros(16, dtype=torch.int64), particles, torch.tensor([0, 16])
-        )
+        masses = torch.empty(experts, 4096, dtype=dtype)
+        found[f"score linear, {name}"] = lambda masses=masses: kernels.score_linear(masses, particles, offsets)
+        for symbols in (257, WIDTH):
+            laws = torch.empty(16, experts, symbols, dtype=dtype)
+            found[f"score log-linear, {symbols} {name}"] = lambda laws=laws: kernels.score_log_linear(
+                laws, targets, particles, offsets
+            )
     return found
 
 
@@ -151,6 +146,7 @@ def compile_launch(case: str, one: Launch, arch: int) -> Compiled:
         case=case,
         kernel=one.kernel.__name__,
         arch=arch,
+        threads=32 * binary.metadata.num_warps,
         registers=int(registers[1]),
         spills=spills,
         loads_128=len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", machine_code)),
@@ -163,23 +159,21 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / name), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> list[Compiled]:
-    """Every distinct launch of every call, for every architecture. `only` keeps the calls whose name holds it."""
+def compile_all(
+    architectures: Sequence[int] = ARCHITECTURES, *, experts: int = EXPERTS, every_type: bool = False, only: str = ""
+) -> list[Compiled]:
+    """Every kernel, once for each set of pointer types and tile sizes. `only` keeps the calls whose name holds it."""
     results: list[Compiled] = []
     seen: set[tuple[object, ...]] = set()
-    for case, call in calls().items():
+    for case, call in calls(experts, every_type).items():
         if only not in case:
             continue
         with recorded() as launches:
             call()
         for one in launches:
-            shown = tuple(
-                (str(a.dtype), a.data_ptr() % 16) if isinstance(a, torch.Tensor)
-                else tuple(str(t.dtype) if isinstance(t, torch.Tensor) else t % 16 for t in a) if isinstance(a, tuple)
-                else (a == 1, a % 16) if isinstance(a, int) else a
-                for a in one.arguments
-            )  # fmt: skip
-            key = (one.kernel.__name__, shown, tuple(sorted(one.constants.items())))
+            tensors = [t for a in one.arguments for t in (a if isinstance(a, tuple) else (a,)) if hasattr(t, "dtype")]
+            sizes = {name: one.constants.get(name) for name in ("tile", "block", "linear", "capacity")}
+            key = (one.kernel.__name__, frozenset(str(tensor.dtype) for tensor in tensors), *sizes.items())
             if key not in seen:
                 seen.add(key)
                 results += [compile_launch(case, one, arch) for arch in architectures]
@@ -188,9 +182,14 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") 
 
 def table(results: list[Compiled]) -> str:
     """The results as a table, one line per kernel and architecture."""
-    head = ("case", "kernel", "arch", "registers", "spills", "LDG.128", "of loads", "STG.128")
+    head = ("case", "kernel", "arch", "threads", "registers", "spills", "LDG.128", "of loads", "STG.128")
     lines = [head] + [
-        (r.case, r.kernel, f"sm_{r.arch}", *map(str, (r.registers, r.spills, r.loads_128, r.loads, r.stores_128)))
+        (
+            r.case,
+            r.kernel,
+            f"sm_{r.arch}",
+            *map(str, (r.threads, r.registers, r.spills, r.loads_128, r.loads, r.stores_128)),
+        )
         for r in results
     ]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
@@ -201,9 +200,11 @@ def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="keep the calls whose name holds this text")
+    parser.add_argument("--experts", type=int, default=EXPERTS, help="experts that are mixed (default: %(default)s)")
+    parser.add_argument("--every-type", action="store_true", help="also float16 and float32 logits, float64 caches")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     arguments = parser.parse_args()
-    results = compile_all(only=arguments.only)
+    results = compile_all(experts=arguments.experts, every_type=arguments.every_type, only=arguments.only)
     sys.stdout.write((json.dumps([asdict(r) for r in results]) if arguments.json else table(results)) + "\n")
 
 

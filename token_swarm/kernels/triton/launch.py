@@ -15,6 +15,12 @@ BLOCK = 2048
 WARPS = 8
 """256 threads hold 8 tokens each: one 128-bit load of bfloat16 per expert, two of float32."""
 
+
+def warps_for(experts: int) -> int:
+    """Warps of a program that holds a tile of every expert: more of them for many experts, or registers run out."""
+    return WARPS if experts <= 4 else 2 * WARPS
+
+
 OPTIONS = {"enable_fp_fusion": False}
 """Of the compiler. a * b + c is fused where a kernel says so and nowhere else: sums that keep their rounding errors
 depend on it."""

@@ -158,19 +158,20 @@ def joint_write(
         term_rest = tl.fma(value, low, tl.fma(value, high, -term))
         joint, error = two_sum(joint, term)
         rest += error + term_rest
+    # Now the larger part decides which joint is the largest, and the rest only among equals.
+    joint, rest = two_sum(joint, rest)
     best = tl.max(tl.where(possible, joint, NEGATIVE_INFINITY), 0)
     base = tl.where(best == NEGATIVE_INFINITY, 0.0, best)
+    base_rest = tl.max(tl.where(possible & (joint == base), rest, NEGATIVE_INFINITY), 0)
+    base_rest = tl.where(base_rest == NEGATIVE_INFINITY, 0.0, base_rest)
     distance, error = two_sum(joint, -base)
-    rest = (rest + error) * GROW
-    distance = distance * GROW
-    power = distance + rest
-    small = rest - (power - distance)
-    # Beyond 2^-200 the correction may be infinite; the result is 0 anyway.
+    power, small = two_sum(distance * GROW, (rest - base_rest + error) * GROW)
+    # Below 2^-200 the correction may be infinite; the result is 0 anyway.
     local = tl.where(possible & (power > -200), tl.exp2(power) * (1 + small * LN2), 0.0)
     tl.store(out + row * width + position, local, mask=inside)
     slot = row * tl.num_programs(0) + tile
     bad = (tl.max(broken.to(tl.int32), 0) > 0) | (users == 0)
-    tl.store(tops + slot, best.to(tl.float64) * GROW)
+    tl.store(tops + slot, (best.to(tl.float64) + base_rest.to(tl.float64)) * GROW)
     tl.store(sums + slot, tl.where(bad, NAN, tl.sum(local, 0).to(tl.float64)))
 
 
@@ -218,7 +219,7 @@ def mix_tiles(
     allowed = launch.settings(allowed, tables[0], torch.bool).view(torch.uint8)
     out = launch.empty((rows, width), torch.float32, tables[0])
     parts = Tiles.empty(rows, tiles, tables[0])
-    constants = {"experts": experts, "block": launch.BLOCK, "num_warps": launch.WARPS}
+    constants = {"experts": experts, "block": launch.BLOCK, "num_warps": launch.warps_for(experts)}
     grid = (tiles, rows)
     if rule is Rule.LINEAR:
         top, _, share = softmax_statistics(tables, weights, temperatures, allowed)

@@ -21,7 +21,8 @@ POSITIONS = 512
 """Positions of the linear rule in one tile; a chunk may begin 15 before it, see `linear_scores`."""
 
 GROUP = 64
-"""Particles of one program: up to as many, the cache is read once."""
+"""Particles of one program of the linear rule: up to as many, masses come from memory once. Under the log-linear rule
+that is a tile of particles; programs that read the same laws for other particles run beside it and find them in L2."""
 
 SHORT = 1024
 """Laws of up to as many symbols (a byte law has 257) are tiled for many particles, longer ones for wide loads."""
@@ -125,7 +126,8 @@ def score_linear(masses: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         groups = -(-particles // GROUP)
         launch.launch(
             linear_scores, (spans.shape[0] * groups,), table, table.stride(0), positions, weights, spans, partial,
-            particles, groups, experts=experts, tile=8, block=POSITIONS, group=GROUP, num_warps=4,
+            particles, groups, experts=experts, tile=max(32 // launch.power_of_two(experts), 1), block=POSITIONS,
+            group=GROUP, num_warps=4,
         )  # fmt: skip
         return by_item(partial, ranges)
 
@@ -137,8 +139,10 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
     weights = launch.settings(weights, laws)
     particles = weights.shape[0]
     short = symbols <= SHORT
-    # 16 byte laws of three experts are 48 KiB; a law over a vocabulary is work for a program by itself.
-    tile, block, length = (min(32, launch.power_of_two(particles)), 64, 16) if short else (4, 1024, 1)
+    # 16 byte laws of three experts are 48 KiB; a law over a vocabulary is work for a program by itself. As many
+    # particles as registers hold, with a weight for every expert.
+    length, block = (16, 32) if short else (1, 1024)
+    tile = min(max((128 if short else 16) // launch.power_of_two(experts), 1), launch.power_of_two(particles))
     with launch.on(laws):
         spans, ranges = chunks_of(offsets, length, laws)
         partial = launch.empty((spans.shape[0], particles), torch.float64, laws)

@@ -211,8 +211,9 @@ def find_threshold(
                     mass = row_mass(own, width, first, top, exponent, block)
             if nucleus < 1:
                 within = tl.where(bits >= first, share / mass, 0.0)
+                known = tl.sum(within, 0)
                 reached = 0
-                if closed | (tl.sum(within, 0) >= nucleus):
+                if closed | ((known >= nucleus) & (known > 0)):
                     for bit in range(31):
                         trial = reached | (1 << (30 - bit))
                         tail = tl.sum(tl.where(bits >= trial, within, 0.0), 0)

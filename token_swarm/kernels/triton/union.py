@@ -3,8 +3,8 @@
 Normalisers are read contiguously, each id as often as it takes part. The mixture walks the union's tokens, whose ids
 are scattered over the experts' rows: those loads are gathers and cannot be wide. A tile lies inside one segment, so
 that which experts have its tokens is one number, and so it starts anywhere: its loads of ids and its stores are not
-wide either. Both rules read the logits twice: the floor of the log-linear rule bounds normalised probabilities. A gather
-moves so many bytes per logit that its arithmetic may be float64.
+wide either. Both rules read the logits twice: the floor of the log-linear rule bounds normalised probabilities. A
+gather moves so many bytes per logit that its arithmetic may be float64.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
