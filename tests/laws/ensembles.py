@@ -33,13 +33,28 @@ def toys(vocabularies: Sequence[Vocabulary], **options: float) -> dict[str, Expe
 
 
 def byte_unit(
-    local: LocalEnsemble, mixture: Mixture, prompt: str, request: DecodeRequest = EXACT, *, keep_tail: bool = False
+    local: LocalEnsemble,
+    mixture: Mixture,
+    prompt: str,
+    request: DecodeRequest = EXACT,
+    *,
+    keep_tail: bool = False,
+    kind: type[ByteUnit] | None = None,
 ) -> ByteUnit:
-    """A byte unit, even for one group. `keep_tail` leaves the prompt's last token committed."""
+    """A byte unit, even for one group. `keep_tail` leaves the prompt's last token committed.
+
+    kind: which implementation, if not the one that is in use.
+    """
     prompts = local.encode(mixture, prompt)
     if keep_tail:
         prompts = {name: type(encoded)(encoded.tokens, 0) for name, encoded in prompts.items()}
-    return local.ensemble.byte_unit(local.ensemble.groups(mixture), request, prompts)
+    groups = local.ensemble.groups(mixture)
+    if kind is None:
+        return local.ensemble.byte_unit(groups, request, prompts)
+    window = request.window if request.epsilon > 0 else None
+    return kind(
+        groups, local.ensemble.tries, prompts, request.shaping, epsilon=request.epsilon, window=window
+    )
 
 
 def settle(local: LocalEnsemble, experts: Mapping[str, Expert], unit: ByteUnit) -> int:

@@ -17,6 +17,7 @@ from token_swarm.decoding.text import StopMatcher, Utf8Stream
 from token_swarm.experts.contract import Op, OpError, OpErrorKind, StepResult
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.mixing.byte_group import ByteGroup
+from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary
@@ -40,7 +41,8 @@ def test_committed_and_pending_bytes_are_the_text(name: str, data: st.DataObject
     """Law 7 for heads: after any advances and forks, and independent of what other forks do."""
     experts = toys([VOCABULARIES[name]])
     local = LocalEnsemble(experts)
-    unit = byte_unit(local, Mixture({"e0": 1.0}), "cab", DecodeRequest(epsilon=0.05))
+    unit = byte_unit(local, Mixture({"e0": 1.0}), "cab", DecodeRequest(epsilon=0.05), kind=ByteUnit)
+    assert isinstance(unit.states[0], ByteGroup)
     context = unit.states[0].heads[0].tokens
     tail = bytes(unit.states[0].text)
     group, forks = unit.states[0], []

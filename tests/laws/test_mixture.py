@@ -24,9 +24,9 @@ from tests.laws.ensembles import (
 )
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.decoding.sampling import inverse_cdf
 from token_swarm.experts.toy import TextLawExpert, ToyExpert, random_text_law
 from token_swarm.mixing.groups import Unit
+from token_swarm.mixing.sampling import inverse_cdf
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary

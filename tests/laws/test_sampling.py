@@ -12,10 +12,9 @@ from scipy import stats
 
 from tests.laws.brute_force import BruteForce
 from tests.laws.ensembles import LONG, NESTED, toys
-from token_swarm.decoding import sampling
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.decoding.sampling import inverse_cdf
+from token_swarm.mixing.sampling import Sampler, inverse_cdf
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Rule
 
@@ -66,13 +65,14 @@ def test_generated_texts_follow_the_enumerated_law() -> None:
 
 
 def test_a_broken_sampler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutant: a law flattened by a tenth is told apart by the same test."""
+    """The mutant: uniforms that are not quite uniform are told apart by the same test."""
+    honest = Sampler.uniforms
 
-    def flattened(law: npt.NDArray[np.float64], uniform: float) -> int:
-        possible = law > 0
-        return inverse_cdf(np.where(possible, 0.9 * law + 0.1 / possible.sum(), 0), uniform)
+    def bent(self: Sampler, count: int) -> npt.NDArray[np.float64] | None:
+        uniforms = honest(self, count)
+        return None if uniforms is None else uniforms**1.2
 
-    monkeypatch.setattr(sampling, "inverse_cdf", flattened)
+    monkeypatch.setattr(Sampler, "uniforms", bent)
     assert p_value() < 1e-6
 
 

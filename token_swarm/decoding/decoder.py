@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from token_swarm.decoding.forwards import Calls, ContextFull, Forwards, Outcome
 from token_swarm.decoding.request import DecodeRequest, FinishReason
-from token_swarm.decoding.sampling import Sampler
 from token_swarm.decoding.text import StopMatcher, Utf8Stream
-from token_swarm.mixing.unit import MixingUnit
+from token_swarm.mixing.sampling import Sampler
+from token_swarm.mixing.unit import MixingUnit, fewest_tokens
+
+_STRETCH = 64
+"""Bytes that are chosen at most before stop strings are looked for again."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Decoder:
         self._unit = unit
         self._request = request
         self._forwards = Forwards(unit, allocate, lanes_per_expert)
-        self._sampler = Sampler(greedy=request.shaping.greedy, seed=request.seed)
+        self._sampler = Sampler(greedy=request.shaping.greedy, seed=request.seed, script=forced)
         self._stops = StopMatcher(request.stop)
         self._utf8 = Utf8Stream()
         self._forced = forced
@@ -111,7 +110,7 @@ class Decoder:
         except ContextFull:
             self._finish(FinishReason.CONTEXT_FULL, len(self._text))
         while not self.finished and not self._unit.due():
-            self._step()
+            self._walk()
 
     def take_text(self) -> str:
         """Text that became showable since the last call: complete code points only."""
@@ -122,21 +121,19 @@ class Decoder:
         """Operations that free the text's KV; to be run however the text ended."""
         return self._forwards.close()
 
-    def _step(self) -> None:
-        law = self._unit.law()
-        if not law.any():
-            # Nothing can follow: the experts (or their filters) have no continuation in common.
-            self._finish(FinishReason.END_OF_TEXT, len(self._text))
-            return
-        symbol = self._next(law)
-        self._certificate = max(self._certificate, self._unit.certificate)
-        self._symbols += 1
-        for name, share in self._unit.shares(symbol).items():
+    def _walk(self) -> None:
+        limits = [self._request.max_bytes, None if self._forced is None else len(self._forced)]
+        room = min([_STRETCH, *(limit - len(self._text) for limit in limits if limit is not None)])
+        walk = self._unit.walk(self._sampler, max_bytes=room, max_tokens=self._request.max_tokens)
+        self.log_probs += walk.log_probs
+        self._symbols += len(walk.log_probs)
+        self._certificate = max(self._certificate, walk.certificate)
+        for name, share in walk.shares.items():
             self._shares[name] = self._shares.get(name, 0.0) + share
-        if self._unit.ends(symbol):
+        if walk.data:
+            self._append(walk.data)
+        if walk.ended and not self.finished:
             self._finish(FinishReason.END_OF_TEXT, len(self._text))
-            return
-        self._append(self._unit.advance(symbol))
 
     def _append(self, data: bytes) -> None:
         self._text += data
@@ -192,16 +189,9 @@ class Decoder:
                 )
         return use
 
-    def _next(self, law: npt.NDArray[Any]) -> int:
-        symbol = self._sampler.choose(law) if self._forced is None else self._forced[len(self._text)]
-        self.log_probs.append(float(np.log(law[symbol])) if law[symbol] > 0 else -np.inf)
-        return symbol
-
     def _tokens_reached(self) -> bool:
         limit = self._request.max_tokens
-        if limit is None:
-            return False
-        return min(self._unit.own_tokens(group) for group in range(len(self._unit.groups))) >= limit
+        return limit is not None and fewest_tokens(self._unit) >= limit
 
     def _show(self, showable: int) -> None:
         if showable > self._shown:

@@ -21,9 +21,8 @@ from token_swarm.decoding.ensemble import Ensemble
 from token_swarm.decoding.forwards import Calls, Outcome
 from token_swarm.errors import BadParameter, ExpertFault, PromptTooLong
 from token_swarm.experts.contract import Close, EncodedPrompt, ExpertSpec, Extend, Open, OpError, Rows
-from token_swarm.mixing.byte_group import Head
 from token_swarm.mixing.byte_law import ByteLaw
-from token_swarm.mixing.byte_unit import ByteUnit
+from token_swarm.mixing.byte_unit import ByteUnit, ColdHead
 from token_swarm.mixing.groups import Group
 from token_swarm.particle import Mixture, Rule
 
@@ -91,7 +90,7 @@ class CanonicalPath:
         taken = prompt if len(context) < len(prompt.tokens) else EncodedPrompt(context, 0)
         return cls(context, tuple(tokens), taken)
 
-    def head(self, heads: Sequence[Head]) -> Head | None:
+    def head(self, heads: Sequence[ColdHead]) -> ColdHead | None:
         """The head whose history lies on this way and has more of it to come, if there is one."""
         start = len(self.context)
         for head in heads:

@@ -31,7 +31,7 @@ from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw
 from token_swarm.mixing.trie import ROOT, ByteTrie
 
 # A share of float64 rounding: colder than this changes no digit of the law, even at epsilon 0.
-_NEGLIGIBLE = 2.0**-52
+NEGLIGIBLE = 2.0**-52
 
 MAX_HEADS = 32
 """Heads of one group that are followed when a window is set. Real texts need two to six."""
@@ -40,7 +40,7 @@ SPLIT_DISCOUNT = 0.05
 """How much less likely a model is to split a token than to use it, when both write the text."""
 
 # What `_boundary` gives every symbol at least: a boundary law from elsewhere in the text excludes nothing.
-_FLOOR = 1e-6
+BOUNDARY_FLOOR = 1e-6
 
 
 @dataclass(slots=True, eq=False)
@@ -117,9 +117,14 @@ class ByteGroup:
         return sum(head.mass for head in self.heads)
 
     @property
-    def best(self) -> Head:
-        """The head with the most mass: the likeliest tokenization of the text."""
-        return max(self.heads, key=lambda head: head.mass)
+    def history(self) -> tuple[int, ...]:
+        """Tokens of the head with the most mass, the likeliest tokenization of the text; none when lost."""
+        return max(self.heads, key=lambda head: head.mass).tokens if self.heads else ()
+
+    @property
+    def history_length(self) -> int:
+        """Number of tokens in `history`."""
+        return len(self.history)
 
     def due(self) -> list[Head]:
         """Cold heads that must be forwarded before `law` is within epsilon; empty when it is."""
@@ -127,7 +132,7 @@ class ByteGroup:
             return []
         cold = self.cold
         unknown = sum(head.mass for head in cold)
-        limit = max(self.epsilon, _NEGLIGIBLE) * self._total
+        limit = max(self.epsilon, NEGLIGIBLE) * self._total
         due = []
         for head in cold:
             if unknown <= limit:
@@ -142,7 +147,7 @@ class ByteGroup:
         head.node, head.pending = ROOT, law.pending(ROOT)
         self._law = None
         if self.window is not None:
-            boundary = np.full(SYMBOLS, _FLOOR)
+            boundary = np.full(SYMBOLS, BOUNDARY_FLOOR)
             law.add_next(ROOT, 1.0, boundary)
             self._boundary = boundary / boundary.sum()
         for position in range(head.start, len(self.text)):
@@ -191,7 +196,7 @@ class ByteGroup:
             for head in self.heads:
                 head.law = head.law.unshaped if head.law is not None else None
         if self._boundary is not None:
-            likely = max(float(self.law()[byte]), _FLOOR)
+            likely = max(float(self.law()[byte]), BOUNDARY_FLOOR)
             for head in self.heads:
                 if head.law is None:
                     fresh = head.start == len(self.text)

@@ -22,7 +22,7 @@ END = 256
 Array = npt.NDArray[np.float64]
 
 # Below this the difference of two cumulative sums near 1 has lost digits, and the interval is summed itself.
-_EXACT_BELOW = 1e-7
+EXACT_BELOW = 1e-7
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ByteLaw:
     def interval(self, low: int, high: int) -> float:
         """Mass of the sorted tokens [low, high), to full relative precision."""
         mass = float(self.cumulative[high] - self.cumulative[low])
-        if mass < _EXACT_BELOW:
+        if mass < EXACT_BELOW:
             mass = float(self.probabilities[low:high].sum(dtype=np.float64))
         return mass
 
@@ -71,7 +71,7 @@ class ByteLaw:
         trie = self.trie
         first, last = int(trie.first_child[node]), int(trie.first_child[node + 1])
         masses = self.cumulative[trie.high[first:last]] - self.cumulative[trie.low[first:last]]
-        for position in np.flatnonzero(masses < _EXACT_BELOW).tolist():
+        for position in np.flatnonzero(masses < EXACT_BELOW).tolist():
             masses[position] = self.interval(int(trie.low[first + position]), int(trie.high[first + position]))
         law[trie.byte[first:last]] += weight * masses
         if node == ROOT:

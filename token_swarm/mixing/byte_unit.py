@@ -3,18 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from token_swarm.experts.contract import EncodedPrompt
-from token_swarm.mixing.byte_group import ByteGroup, Head
+from token_swarm.mixing.byte_group import ByteGroup
 from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
 from token_swarm.mixing.groups import Group, Unit, as_shares
+from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.trie import ByteTrie
-from token_swarm.mixing.unit import Need
+from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
 from token_swarm.particle import Rule
+
+
+class ColdHead(Protocol):
+    """A token history without a forward: see `byte_group.Head`."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The history."""
+        ...
+
+
+class GroupState(Protocol):
+    """What a byte unit asks of a group: `ByteGroup`, or the same in C++."""
+
+    @property
+    def trie(self) -> ByteTrie:
+        """The trie of the group's vocabulary."""
+        ...
+
+    @property
+    def lost(self) -> bool:
+        """See `ByteGroup.lost`."""
+        ...
+
+    @property
+    def certificate(self) -> float:
+        """See `ByteGroup.certificate`."""
+        ...
+
+    @property
+    def retired(self) -> float:
+        """See `ByteGroup.retired`."""
+        ...
+
+    @property
+    def history(self) -> tuple[int, ...]:
+        """See `ByteGroup.history`."""
+        ...
+
+    @property
+    def history_length(self) -> int:
+        """See `ByteGroup.history_length`."""
+        ...
+
+    @property
+    def cold(self) -> Sequence[ColdHead]:
+        """See `ByteGroup.cold`."""
+        ...
+
+    def due(self) -> Sequence[ColdHead]:
+        """See `ByteGroup.due`."""
+        ...
+
+    def feed(self, head: Any, law: ByteLaw, /) -> None:
+        """See `ByteGroup.feed`."""
+        ...
+
+    def law(self) -> Array:
+        """See `ByteGroup.law`."""
+        ...
+
+    def member_shares(self, symbol: int) -> Array:
+        """See `ByteGroup.member_shares`."""
+        ...
+
+    def advance(self, byte: int) -> None:
+        """See `ByteGroup.advance`."""
+        ...
 
 
 class ByteUnit:
@@ -39,14 +109,19 @@ class ByteUnit:
         self.groups: Sequence[Group] = tuple(groups)
         self._shaping = shaping
         self._makers: list[LawMaker] = []
-        self.states: list[ByteGroup] = []
+        starts: list[ByteGroup] = []
         for group in self.groups:
             trie = tries[group.vocabulary.fingerprint]
             prompt = prompts[group.names[0]]
             tail = group.vocabulary.token_bytes[prompt.tokens[-1]] if prompt.tail else None
             self._makers.append(LawMaker(trie, group.vocabulary.eos_ids))
-            self.states.append(ByteGroup.start(trie, prompt.tokens, tail or b"", epsilon=epsilon, window=window))
+            starts.append(ByteGroup.start(trie, prompt.tokens, tail or b"", epsilon=epsilon, window=window))
         self._prompt_lengths = [len(prompts[group.names[0]].tokens) for group in self.groups]
+        self.states: Sequence[GroupState] = self._states(starts)
+
+    def _states(self, starts: list[ByteGroup]) -> Sequence[GroupState]:
+        """What the groups are kept in from here on."""
+        return starts
 
     def due(self) -> list[Need]:
         """Cold heads of every group that its law cannot do without."""
@@ -54,8 +129,6 @@ class ByteUnit:
 
     def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
         """Give one head its law."""
-        if not isinstance(need.key, Head):
-            raise TypeError(f"need.key: {type(need.key).__name__}, expected a Head named by `due`")
         self.states[need.group].feed(need.key, self.make_law(need.group, rows))
 
     def make_law(self, group: int, rows: Sequence[Tensor]) -> ByteLaw:
@@ -79,6 +152,10 @@ class ByteUnit:
         """The mixed law over 257 symbols. Groups that are lost have no say."""
         return mix_bytes(self.laws, [group.weight for group in self.groups], self.groups[0].rule)
 
+    def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
+        """Choose bytes until some group needs a forward."""
+        return walk_by_symbol(self, sampler, max_bytes=max_bytes, max_tokens=max_tokens)
+
     def ends(self, symbol: int) -> bool:
         """Whether the symbol is the end of the text."""
         return symbol == END
@@ -101,13 +178,11 @@ class ByteUnit:
 
     def history(self, group: int) -> tuple[int, ...]:
         """Tokens of the likeliest head, without its pending bytes."""
-        state = self.states[group]
-        return state.best.tokens if state.heads else ()
+        return self.states[group].history
 
     def own_tokens(self, group: int) -> int:
         """Tokens of the likeliest head beyond the prompt's; bytes that are pending are no token yet."""
-        state = self.states[group]
-        return max(0, len(state.best.tokens) - self._prompt_lengths[group]) if state.heads else 0
+        return max(0, self.states[group].history_length - self._prompt_lengths[group])
 
     @property
     def certificate(self) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from token_swarm import kernels
 from token_swarm.mixing.groups import Group, Unit
+from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.shaping import Shaping
-from token_swarm.mixing.unit import Need
+from token_swarm.mixing.unit import Need, Walk
 
 
 class TokenUnit:
@@ -23,7 +24,7 @@ class TokenUnit:
         self._shaping = shaping
         self._tokens = tokens
         self._prompt_length = len(tokens)
-        self._law: npt.NDArray[Any] | None = None
+        self._law: Tensor | None = None
         self._members: list[Tensor] = []
         self._eos = frozenset(group.vocabulary.eos_ids)
 
@@ -34,31 +35,34 @@ class TokenUnit:
     def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
         """Mix the members' rows into the law of the next token."""
         group = self.groups[need.group]
-        self._law = self._shaping.apply(group.token_law(rows)).numpy()
+        self._law = self._shaping.apply(group.token_law(rows))
         self._members = group.member_laws(rows) if len(rows) > 1 else []
 
-    def law(self) -> npt.NDArray[Any]:
-        """Probabilities over token ids: [width]."""
+    def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
+        """Choose one token: the next needs a forward."""
+        del max_bytes, max_tokens
         if self._law is None:
             raise RuntimeError("the history has not been forwarded: feed what `due` names first")
-        return self._law
+        if not bool(self._law.any()):
+            return Walk(ended=True)
+        uniforms = sampler.uniforms(1)
+        drawn = torch.tensor([0.0 if uniforms is None else uniforms[0]], dtype=torch.float64)
+        tokens, log_probs = kernels.choose(self._law[None], drawn, torch.tensor([uniforms is None]))
+        sampler.consume(1)
+        token = int(tokens[0])
+        walk = Walk(log_probs=[float(log_probs[0])], shares=self._shares(token), ended=token in self._eos)
+        if not walk.ended:
+            walk.data = self.groups[0].vocabulary.token_bytes[token] or b""
+            self._tokens = (*self._tokens, token)
+            self._law = None
+        return walk
 
-    def ends(self, symbol: int) -> bool:
-        """Whether the token ends the text."""
-        return symbol in self._eos
-
-    def advance(self, symbol: int) -> bytes:
-        """Append one token."""
-        self._tokens = (*self._tokens, symbol)
-        self._law = None
-        return self.groups[0].vocabulary.token_bytes[symbol] or b""
-
-    def shares(self, symbol: int) -> dict[str, float]:
+    def _shares(self, token: int) -> dict[str, float]:
         """Posterior share of each member in the chosen token."""
         group = self.groups[0]
         if not self._members:
             return {group.names[0]: 1.0}
-        return group.split([float(law[symbol]) for law in self._members])
+        return group.split([float(law[token]) for law in self._members])
 
     def history(self, group: int) -> tuple[int, ...]:
         """The tokens themselves: the token unit knows no other tokenization."""
@@ -69,11 +73,6 @@ class TokenUnit:
         """Tokens appended to the prompt."""
         del group
         return len(self._tokens) - self._prompt_length
-
-    @property
-    def certificate(self) -> float:
-        """0: nothing is left out."""
-        return 0.0
 
     @property
     def retired(self) -> float:

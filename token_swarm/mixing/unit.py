@@ -1,15 +1,17 @@
-"""What a decoder sees of an ensemble: contexts that need a forward, and a law over the next symbol."""
+"""What a decoder sees of an ensemble: histories that need a forward, and stretches of text chosen in between."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from token_swarm.mixing.groups import Group, Unit
+from token_swarm.mixing.sampling import Sampler
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,12 +23,29 @@ class Need:
     key: object
 
 
+@dataclass
+class Walk:
+    """Text chosen without a forward in between.
+
+    log_probs: natural log-probability of every symbol chosen, the end of the text included; shares: of each expert,
+    summed over those symbols; certificate: largest total-variation bound at any of them.
+    ended: the end of the text was chosen, or nothing can follow (the experts or their filters have no continuation
+    in common).
+    """
+
+    data: bytes = b""
+    log_probs: list[float] = field(default_factory=list)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    certificate: float = 0.0
+    ended: bool = False
+
+
 class MixingUnit(Protocol):
-    """Mixes the groups' laws symbol by symbol. A symbol is a byte (byte unit) or a token id (token unit)."""
+    """Mixes the groups' laws and chooses text from the mixture."""
 
     @property
     def kind(self) -> Unit:
-        """What is mixed: tokens or bytes."""
+        """What is mixed."""
         ...
 
     @property
@@ -35,11 +54,41 @@ class MixingUnit(Protocol):
         ...
 
     def due(self) -> list[Need]:
-        """Histories to forward before `law` may be asked."""
+        """Histories to forward before `walk` may be called."""
         ...
 
     def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
         """Logit rows [width] after the need's history, one per member of its group."""
+        ...
+
+    def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
+        """Choose and append symbols until a forward is due, the text ends, or it has grown by `max_bytes`.
+
+        A symbol that writes several bytes may exceed max_bytes. max_tokens: stop also when every group's own
+        tokenization of the text, without the prompt, has that many tokens.
+        """
+        ...
+
+    def history(self, group: int) -> tuple[int, ...]:
+        """The likeliest tokens of the text so far in a group's own tokenization, the prompt included."""
+        ...
+
+    def own_tokens(self, group: int) -> int:
+        """Number of a group's own tokens in the text so far that are complete, without the prompt's."""
+        ...
+
+    @property
+    def retired(self) -> float:
+        """Probability that the text's own tokenization was given up on the way here."""
+        ...
+
+
+class SymbolUnit(MixingUnit, Protocol):
+    """A unit that gives its law symbol by symbol; `walk_by_symbol` walks it."""
+
+    @property
+    def certificate(self) -> float:
+        """Upper bound, at this position, of the total variation between any group's law and its exact law."""
         ...
 
     def law(self) -> npt.NDArray[Any]:
@@ -58,20 +107,30 @@ class MixingUnit(Protocol):
         """How much of the chosen symbol's probability each expert gave; the values add up to 1."""
         ...
 
-    def history(self, group: int) -> tuple[int, ...]:
-        """The likeliest tokens of the text so far in a group's own tokenization, the prompt included."""
-        ...
 
-    def own_tokens(self, group: int) -> int:
-        """Number of a group's own tokens in the text so far that are complete, without the prompt's."""
-        ...
+def walk_by_symbol(unit: SymbolUnit, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
+    """`MixingUnit.walk`, one symbol after the other."""
+    data, shares, walk = bytearray(), dict[str, float](), Walk()
+    while not unit.due() and len(data) < max_bytes:
+        law = unit.law()
+        if not law.any():
+            walk.ended = True
+            break
+        symbol = sampler.choose(law)
+        walk.log_probs.append(float(np.log(law[symbol])) if law[symbol] > 0 else -np.inf)
+        walk.certificate = max(walk.certificate, unit.certificate)
+        for name, share in unit.shares(symbol).items():
+            shares[name] = shares.get(name, 0.0) + share
+        if unit.ends(symbol):
+            walk.ended = True
+            break
+        data += unit.advance(symbol)
+        if max_tokens is not None and fewest_tokens(unit) >= max_tokens:
+            break
+    walk.data, walk.shares = bytes(data), shares
+    return walk
 
-    @property
-    def certificate(self) -> float:
-        """Upper bound, at this position, of the total variation between any group's law and its exact law."""
-        ...
 
-    @property
-    def retired(self) -> float:
-        """Probability that the text's own tokenization was given up on the way here."""
-        ...
+def fewest_tokens(unit: MixingUnit) -> int:
+    """Own tokens of the group that needs fewest for the text so far."""
+    return min(unit.own_tokens(group) for group in range(len(unit.groups)))

@@ -1,0 +1,290 @@
+"""The byte walk in C++ (csrc/walk.h): groups of heads that move many bytes a call, without Python in between.
+
+Plain arrays go in and out; what they mean is said in `mixing.byte_group`, whose Python version this must equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from token_swarm.kernels import native
+
+_I32, _I64, _F64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_SYMBOLS = 257
+
+
+class LawView(ctypes.Structure):
+    """One next-token law: see `law_view`."""
+
+    _fields_ = (("probabilities", _PTR), ("cumulative", _PTR), ("end", _F64), ("wide", _I32))
+
+
+class _GroupSpec(ctypes.Structure):
+    _fields_ = (
+        ("order", _PTR), ("low", _PTR), ("high", _PTR), ("longer", _PTR), ("first_child", _PTR), ("byte", _PTR),
+        ("tokens", _I64), ("epsilon", _F64), ("window", _I64), ("max_heads", _I64), ("split_discount", _F64),
+        ("boundary_floor", _F64), ("negligible", _F64), ("exact_below", _F64), ("weight", _F64), ("members", _I64),
+        ("exponents", _PTR), ("history_tokens", _I64), ("prompt_tokens", _I64), ("tail", ctypes.c_char_p),
+        ("tail_length", _I64),
+    )  # fmt: skip
+
+
+class HeadView(ctypes.Structure):
+    """A head as it stands. key names it for `feed`; length: tokens of its history; law: slot, -1 while cold."""
+
+    _fields_ = (
+        ("key", _I64), ("start", _I64), ("length", _I64), ("weight", _F64), ("history", _I32), ("law", _I32),
+        ("node", _I32),
+    )  # fmt: skip
+
+
+class GroupView(ctypes.Structure):
+    """A group as it stands; best_*: its heaviest head."""
+
+    _fields_ = (
+        ("certificate", _F64), ("retired", _F64), ("heads", _I64), ("best_length", _I64), ("best_history", _I32),
+        ("lost", _I32),
+    )  # fmt: skip
+
+
+class _WalkView(ctypes.Structure):
+    _fields_ = (
+        ("uniforms", _PTR), ("uniform_count", _I64), ("script", ctypes.c_char_p), ("max_bytes", _I64),
+        ("max_tokens", _I64), ("bytes", _PTR), ("log_probs", _PTR), ("shares", _PTR), ("count", _I64),
+        ("symbols", _I64), ("certificate", _F64), ("status", _I32), ("symbol", _I32),
+    )  # fmt: skip
+
+
+class Status(enum.IntEnum):
+    """Why a walk stopped."""
+
+    NEEDS_FORWARD = 0
+    ENDED = 1
+    NOTHING_FOLLOWS = 2
+    LIMIT = 3
+    NEEDS_UNSHAPED = 4
+    """A symbol was chosen that a group's shaped law excludes: give it the unshaped laws and walk on."""
+
+
+class Which(enum.IntEnum):
+    """Which heads `ByteWalk.heads` lists."""
+
+    ALL = 0
+    COLD = 1
+    DUE = 2
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ts_sequence_new": (_PTR, [_I64, _PTR, _I32]),
+    "ts_sequence_free": (None, [_PTR]),
+    "ts_heads": (_I64, [_PTR, _I64, _I32, _PTR, _I64]),
+    "ts_history": (_I64, [_PTR, _I64, _I32, _PTR, _I64]),
+    "ts_put_law": (None, [_PTR, _I64, _I32, _PTR, _I64, _PTR]),
+    "ts_feed": (None, [_PTR, _I64, _I64, _I32]),
+    "ts_group_law": (None, [_PTR, _I64, _PTR]),
+    "ts_shares": (None, [_PTR, _I32, _PTR]),
+    "ts_reaches": (_I32, [_PTR, _I64, _I32]),
+    "ts_advance": (None, [_PTR, _I64, _I32]),
+    "ts_group_view": (None, [_PTR, _I64, _PTR]),
+    "ts_walk": (None, [_I64, _PTR, _PTR]),
+}
+
+
+@cache
+def _library() -> Any:
+    loaded = native.library()
+    if loaded is None:
+        raise RuntimeError("the C++ kernels were not built")
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+@dataclass(frozen=True)
+class WalkGroup:
+    """One group: the arrays of its trie (see `mixing.trie.ByteTrie`) and the constants of `mixing.byte_group`.
+
+    weight: across groups; exponents: of its members. history_tokens: of the first head; prompt_tokens: of the prompt.
+    tail: bytes of the prompt that are pending. window None: nothing is given up.
+    """
+
+    order: npt.NDArray[np.int64]
+    low: npt.NDArray[np.int32]
+    high: npt.NDArray[np.int32]
+    longer: npt.NDArray[np.int32]
+    first_child: npt.NDArray[np.int32]
+    byte: npt.NDArray[np.uint8]
+    epsilon: float
+    window: int | None
+    max_heads: int
+    split_discount: float
+    boundary_floor: float
+    negligible: float
+    exact_below: float
+    weight: float
+    exponents: tuple[float, ...]
+    history_tokens: int
+    prompt_tokens: int
+    tail: bytes
+
+
+@dataclass
+class Stretch:
+    """What one walk did. shares: summed over symbols, [experts]; certificate: the largest on the way.
+
+    symbol: the last one chosen; with NEEDS_UNSHAPED it is not appended yet.
+    """
+
+    data: bytes
+    log_probs: list[float]
+    shares: npt.NDArray[np.float64]
+    certificate: float
+    status: Status
+    symbol: int
+
+
+def law_view(probabilities: npt.NDArray[Any], cumulative: npt.NDArray[np.float64], end: float) -> LawView:
+    """A law by address: the arrays must outlive its use. probabilities: float32 or float64 [tokens], byte-sorted."""
+    return LawView(
+        probabilities.ctypes.data, cumulative.ctypes.data, end, int(probabilities.dtype == np.dtype(np.float64))
+    )
+
+
+class ByteWalk:
+    """One text: several groups of heads in C++. Not for several threads at once."""
+
+    def __init__(self, groups: Sequence[WalkGroup], *, log_linear: bool) -> None:
+        self._library = _library()
+        self._groups = list(groups)  # keeps the tries' arrays alive
+        self._exponents = [np.asarray(group.exponents, dtype=np.float64) for group in groups]
+        specs = (_GroupSpec * len(groups))(
+            *(self._spec(group, own) for group, own in zip(groups, self._exponents, strict=True))
+        )
+        self.experts = sum(len(group.exponents) for group in groups)
+        self.handle = self._library.ts_sequence_new(len(groups), specs, log_linear)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self._library.ts_sequence_free(self.handle)
+
+    @staticmethod
+    def _spec(group: WalkGroup, exponents: npt.NDArray[np.float64]) -> _GroupSpec:
+        return _GroupSpec(
+            group.order.ctypes.data, group.low.ctypes.data, group.high.ctypes.data, group.longer.ctypes.data,
+            group.first_child.ctypes.data, group.byte.ctypes.data, group.order.size, group.epsilon,
+            -1 if group.window is None else group.window, group.max_heads, group.split_discount, group.boundary_floor,
+            group.negligible, group.exact_below, group.weight, exponents.size, exponents.ctypes.data,
+            group.history_tokens, group.prompt_tokens, group.tail, len(group.tail),
+        )  # fmt: skip
+
+    def heads(self, group: int, which: Which) -> list[HeadView]:
+        """Heads of a group; the cold and the due ones heaviest first."""
+        room = 16
+        while True:
+            views = (HeadView * room)()
+            count = self._library.ts_heads(self.handle, group, which, views, room)
+            if count <= room:
+                return list(views[:count])
+            room = count
+
+    def history(self, group: int, history: int) -> tuple[int, ...]:
+        """The tokens of a head's history beyond the group's first one."""
+        room = 256
+        while True:
+            tokens = (_I32 * room)()
+            count = self._library.ts_history(self.handle, group, history, tokens, room)
+            if count <= room:
+                return tuple(tokens[:count])
+            room = count
+
+    def put_law(self, group: int, slot: int, own: LawView, members: Sequence[LawView]) -> None:
+        """Put a law, and its members', into a slot of the caller's choice."""
+        table = (LawView * len(members))(*members)
+        self._library.ts_put_law(self.handle, group, slot, ctypes.byref(own), len(members), table)
+
+    def feed(self, group: int, key: int, slot: int) -> None:
+        """Give the law in a slot to a cold head."""
+        self._library.ts_feed(self.handle, group, key, slot)
+
+    def law(self, group: int) -> npt.NDArray[np.float64]:
+        """A group's next-symbol law: [257]."""
+        law = np.empty(_SYMBOLS)
+        self._library.ts_group_law(self.handle, group, law.ctypes.data)
+        return law
+
+    def shares(self, symbol: int) -> npt.NDArray[np.float64]:
+        """Each expert's share in a symbol's probability: [experts]."""
+        shares = np.empty(self.experts)
+        self._library.ts_shares(self.handle, symbol, shares.ctypes.data)
+        return shares
+
+    def reaches(self, group: int, byte: int) -> bool:
+        """Whether a group gives a byte any probability."""
+        return bool(self._library.ts_reaches(self.handle, group, byte))
+
+    def advance(self, group: int, byte: int) -> None:
+        """Move one group one byte on."""
+        self._library.ts_advance(self.handle, group, byte)
+
+    def view(self, group: int) -> GroupView:
+        """How a group stands."""
+        view = GroupView()
+        self._library.ts_group_view(self.handle, group, ctypes.byref(view))
+        return view
+
+    def walk(
+        self, *, uniforms: npt.NDArray[np.float64] | None, script: bytes | None, max_bytes: int, max_tokens: int
+    ) -> Stretch:
+        """Choose and append bytes until a forward is needed; see `walk_together`."""
+        return walk_together(
+            [self], uniforms=[uniforms], scripts=[script], max_bytes=[max_bytes], max_tokens=[max_tokens]
+        )[0]
+
+
+def walk_together(
+    walks: Sequence[ByteWalk],
+    *,
+    uniforms: Sequence[npt.NDArray[np.float64] | None],
+    scripts: Sequence[bytes | None],
+    max_bytes: Sequence[int],
+    max_tokens: Sequence[int],
+) -> list[Stretch]:
+    """Walk several texts in one call, each until it needs a forward, ends, or reaches a limit.
+
+    Per text: uniforms, one a symbol, None for greedy; a script of at least max_bytes bytes to follow instead, or None;
+    max_bytes: of this walk; max_tokens: of the group that needs fewest, counted from the prompt, 0 for no limit.
+    """
+    buffers = [
+        (np.empty(most, dtype=np.uint8), np.empty(most + 1), np.zeros(walk.experts))
+        for walk, most in zip(walks, max_bytes, strict=True)
+    ]
+    views = (_WalkView * len(walks))()
+    for view, own, script, most, tokens, (data, log_probs, shares) in zip(
+        views, uniforms, scripts, max_bytes, max_tokens, buffers, strict=True
+    ):
+        if own is not None:
+            view.uniforms, view.uniform_count = own.ctypes.data, own.size
+        view.script, view.max_bytes, view.max_tokens = script, most, tokens
+        view.bytes, view.log_probs, view.shares = data.ctypes.data, log_probs.ctypes.data, shares.ctypes.data
+    handles = (_PTR * len(walks))(*(walk.handle for walk in walks))
+    _library().ts_walk(len(walks), handles, views)
+    return [
+        Stretch(
+            data[: view.count].tobytes(),
+            log_probs[: view.symbols].tolist(),
+            shares,
+            view.certificate,
+            Status(view.status),
+            view.symbol,
+        )
+        for view, (data, log_probs, shares) in zip(views, buffers, strict=True)
+    ]
