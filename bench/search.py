@@ -140,6 +140,40 @@ def compare(problem: Problem, names: Sequence[str], seeds: int) -> Iterator[dict
         yield row
 
 
+def regenerate(paths: dict[str, str], cache: Path, data: Path, examples: int, evaluations: int) -> dict[str, object]:
+    """The same search without a cache: every particle reads the data with the models.
+
+    Timed on a few examples, and stretched to `evaluations` particles on all of them; beside it, the cached kernel.
+    """
+    from token_swarm.decoding.in_process import LocalEnsemble
+    from token_swarm.experts.transformers import TransformersExpert
+
+    local = LocalEnsemble({name: TransformersExpert(name, path, threads=1) for name, path in paths.items()})
+    whole = load_jsonl(data, TextExample).examples
+    mixture = local.ensemble.uniform(Rule.LOG_LINEAR)
+    local.score(whole[0].prompt, whole[0].text, mixture)  # fills caches, compiles
+    started, timed = time.perf_counter(), whole[:examples]
+    for each in timed:
+        local.score(each.prompt, each.text, mixture)
+    per_byte = (time.perf_counter() - started) / sum(len(each.text.encode()) for each in timed)
+    problem = from_cache(cache, data, Rule.LOG_LINEAR)
+    positions = np.full((20, len(problem.experts)), 0.5)
+    started = time.perf_counter()
+    problem.utility(positions)
+    cached = (time.perf_counter() - started) / len(positions)
+    total = sum(len(each.text.encode()) for each in whole)
+    return {
+        "data": data.stem,
+        "examples_timed": len(timed),
+        "bytes": total,
+        "regenerated_seconds_per_particle": per_byte * total,
+        "cached_seconds_per_particle": cached,
+        "regenerated_hours": per_byte * total * evaluations / 3600,
+        "cached_seconds": cached * evaluations,
+        "ratio": per_byte * total / cached,
+    }
+
+
 def show(row: dict[str, object]) -> None:
     """A line for people."""
     head = f"{row['problem']!s:24} {row['rule']!s:10} {row['positions']:>7,} {row['optimiser']!s:22}"
@@ -166,9 +200,16 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="*", default=[2, 6], help="sizes of the synthetic problems")
     parser.add_argument("--cache", type=Path, default=Path(".cache/scores"), help="of the --data")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="JSONL of texts that the cache holds")
+    parser.add_argument("--regenerate", type=int, default=0, metavar="N", help="time N examples without the cache")
+    parser.add_argument("--expert", nargs="*", default=[], metavar="NAME=DIRECTORY", help="of --regenerate")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.regenerate:
+        paths = dict(pair.split("=", 1) for pair in options.expert)
+        for path in options.data:
+            print(json.dumps(regenerate(paths, options.cache, path, options.regenerate, 1000)), flush=True)
+        return
     for problem in problems(options):
         for row in compare(problem, options.optimiser, options.seeds):
             if options.json:
