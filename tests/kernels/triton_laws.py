@@ -193,9 +193,13 @@ def union_case(dtype: torch.dtype, rule: Rule) -> tuple[list[Tensor], Tensor, Te
     return logits, weights, 0.5 + torch.rand(5, 3, generator=generator, dtype=torch.float64), union
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rule", "floor"), [(Rule.LINEAR, -30.0), (Rule.LOG_LINEAR, -30.0), (Rule.LOG_LINEAR, -math.inf)]
+    ("rule", "floor", "dtype"),
+    [
+        (Rule.LINEAR, -30.0, torch.float16),
+        (Rule.LOG_LINEAR, -30.0, torch.bfloat16),
+        (Rule.LOG_LINEAR, -math.inf, torch.float32),
+    ],
 )
 def test_union_equals_the_reference(device, blocks, rule, floor, dtype):
     blocks(32)
@@ -217,17 +221,16 @@ def test_a_union_says_which_logits_are_too_narrow(device):
 
 
 def tied_rows() -> Tensor:
-    """float32 [7, 150]: random, equal, one-hot, ties at every threshold (sums without rounding), zeros, bad."""
-    rows = torch.zeros(7, 150)
+    """float32 [6, 150]: random, equal, one-hot, ties at every threshold (sums without rounding), nearly equal, bad."""
+    rows = torch.zeros(6, 150)
     generator = torch.Generator().manual_seed(6)
     rows[0] = torch.softmax(2 * torch.randn(150, generator=generator), -1)
     rows[1] = 1 / 128
     rows[2, 77] = 1.0
     rows[3, 20:28] = 1 / 16
     rows[3, 60:76] = 1 / 32
-    rows[4, ::3] = torch.softmax(torch.randn(50, generator=generator), -1)
-    rows[5] = torch.softmax(0.01 * torch.randn(150, generator=generator), -1)
-    rows[6] = math.nan
+    rows[4] = torch.softmax(0.01 * torch.randn(150, generator=generator), -1)
+    rows[5] = math.nan
     return rows
 
 
@@ -254,22 +257,25 @@ def settings(device: str, which: tuple[float, int, float, float], rows: int) -> 
     ]
 
 
-@pytest.mark.parametrize(("capacity", "block"), [(256, 128), (8, 256)])
+@pytest.mark.parametrize("capacity", [256, 8])
 @pytest.mark.parametrize("which", SETTINGS, ids=str)
-def test_shape_equals_the_reference(device, blocks, monkeypatch, which, capacity, block):
+def test_shape_equals_the_reference(device, blocks, monkeypatch, which, capacity):
     """With room for 8 candidates most rows take the slow path, with 256 none does."""
-    blocks(block)
+    blocks(256)
     monkeypatch.setattr(shaping, "CAPACITY", capacity)
     rows = tied_rows()
-    expected = reference.shape(rows, *settings("cpu", which, 7))
-    ours = triton.shape(rows.to(device), *settings(device, which, 7)).cpu()
+    expected = reference.shape(rows, *settings("cpu", which, 6))
+    ours = triton.shape(rows.to(device), *settings(device, which, 6)).cpu()
     assert torch.equal((ours > 0) & (expected > SMALLEST_NORMAL), expected > SMALLEST_NORMAL)
     assert torch.equal(expected[ours > 0] > 0, torch.ones(int((ours > 0).sum()), dtype=torch.bool))
     assert_same(ours, expected)
 
 
-def test_rows_have_their_own_settings(device, blocks):
+@pytest.mark.parametrize("capacity", [256, 8])
+def test_rows_have_their_own_settings(device, blocks, monkeypatch, capacity):
+    """And several tiles."""
     blocks(64)
+    monkeypatch.setattr(shaping, "CAPACITY", capacity)
     rows = torch.softmax(torch.randn(len(SETTINGS), 150, generator=torch.Generator().manual_seed(2)), -1)
     columns = [torch.tensor(column) for column in zip(*SETTINGS, strict=True)]
     assert_same(triton.shape(rows.to(device), *on(device, columns)), reference.shape(rows, *columns))
@@ -292,14 +298,14 @@ def test_a_threshold_is_exact_between_neighbouring_floats(device):
         assert torch.equal(ours > 0, expected > 0)
 
 
-UNIFORMS = [0.0, 2.0**-60, 0.1, 0.5, 0.75, 0.999999, 1 - 2.0**-53]
+UNIFORMS = [0.0, 2.0**-60, 0.5, 1 - 2.0**-53]
 
 
 @pytest.mark.parametrize(("uniform", "greedy"), [*((uniform, False) for uniform in UNIFORMS), (0.5, True)])
 def test_choose_equals_the_reference(device, blocks, uniform, greedy):
     blocks(128)
     rows = tied_rows()
-    arguments = (torch.full((7,), uniform, dtype=torch.float64), torch.full((7,), greedy))
+    arguments = (torch.full((6,), uniform, dtype=torch.float64), torch.full((6,), greedy))
     tokens, log_probs = on("cpu", triton.choose(rows.to(device), *on(device, arguments)))
     expected = reference.choose(rows, *arguments)
     assert torch.equal(tokens, expected[0])
@@ -439,7 +445,7 @@ def everything(place: Inputs) -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {
         name: lambda arguments=arguments: triton.mix(*arguments) for name, arguments in mixing.items()
     }
-    rows = place(tied_rows()[[0, 3, 5, 6]])
+    rows = place(tied_rows()[[0, 3, 4, 5]])
     some = place([torch.tensor(column) for column in zip(*(SETTINGS[i] for i in (3, 5, 4, 2)), strict=True)])
     uniforms = place(torch.tensor([0.2, 0.9, 0.5, 0.1], dtype=torch.float64))
     greedy = place(torch.tensor([False, True, False, False]))
@@ -511,7 +517,8 @@ def test_poisoned_memory_changes_nothing(device, blocks, monkeypatch, name):
     blocks(64)
     monkeypatch.setattr(shaping, "CAPACITY", 32)
     clean = undisturbed(name, device)
-    for band in (64, 3):
+    # The interpreter does not know of alignment.
+    for band in (64, 3) if device == "cuda" else (3,):
         guarded = Guarded(device, band)
         call = everything(guarded.place)[name]
         with monkeypatch.context() as patch:
