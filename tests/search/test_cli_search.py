@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -204,3 +205,35 @@ def test_a_comparison_says_what_cannot_be_compared(tmp_path: Path) -> None:
     assert "expert a" in document["notes"][1]
     refused(CliRunner().invoke(app, ["particles", "compare", files[0]]), "two or more")
     refused(CliRunner().invoke(app, ["particles", "compare", files[0], str(tmp_path / "no.json")]), "no.json")
+
+
+def test_a_worker_can_make_the_utility_for_itself(home: Path) -> None:
+    """What is sent to other processes, without the processes: it says the same there as here."""
+    from token_swarm_server.config import load_settings
+    from token_swarm_server.search_task import Goal, Judging, LocalExperts, Preparation, UtilityName
+
+    from token_swarm.decoding.request import DecodeRequest
+    from token_swarm.mixing.shaping import Shaping
+    from token_swarm.search.space import Space
+
+    settings = load_settings(home / "config.yaml")
+    experts = LocalExperts.of(settings, {name: str(home / name) for name in SIZES})
+    goal = Goal.load(UtilityName.REWARD, home / "prompts.jsonl", 3)
+    request = DecodeRequest(shaping=Shaping(temperature=0.0), max_bytes=2)
+    judging = Judging(reward="tests.search.test_cli_search:length", request=request)
+    space = Space(tuple(SIZES))
+    preparation = Preparation(experts, (goal,), judging, space, 0.0)
+    here, there = preparation.task(), preparation.task(workers=2)
+    sent = pickle.loads(pickle.dumps(there.dev))
+    mixtures = space.mixtures(space.one_hot())
+    assert sent.evaluate(mixtures).values.tolist() == here.dev.evaluate(mixtures).values.tolist()
+    assert there.experts == here.experts
+    assert (there.data_hash, there.fingerprints) == (here.data_hash, here.fingerprints)
+    assert here.test is None
+
+
+def test_an_expert_that_runs_elsewhere_cannot_be_read_with(home: Path, tmp_path: Path) -> None:
+    experts = f"experts:\n  small: {{model: {home / 'small'}}}\n  far: {{address: '127.0.0.1:9'}}\n"
+    (tmp_path / "config.yaml").write_text(experts)
+    more = ["--utility", "loglikelihood", "--data", str(home / "texts.jsonl"), "--out", str(tmp_path / "run")]
+    refused(CliRunner().invoke(app, ["search", "--config", str(tmp_path / "config.yaml"), *more]), "far", "address")
