@@ -15,13 +15,14 @@ import torch
 from tests.conftest import EXPERTS
 from tests.laws.ensembles import DUPLICATES, LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
+from token_swarm.decoding.score import CHUNK
 from token_swarm.errors import BadParameter, ExpertFault, FailedPrecondition, PromptTooLong, UnknownName
 from token_swarm.experts.contract import EncodedPrompt, Expert, Op, StepResult
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.experts.transformers import TransformersExpert
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.score_cache import SHARD, Detail, ExpertKey, ScoreCache, fill, filled, model_identity
-from token_swarm.search.scoring import CHUNK, LawReader, Passage
+from token_swarm.search.scoring import LawReader, Passage
 from token_swarm.search.utilities import LogLikelihood, bits_per_byte
 
 VOCABULARIES = [NESTED, DUPLICATES, LONG]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from token_swarm.decoding.ensemble import Ensemble
-from token_swarm.decoding.score import CanonicalPath, scored_text
+from token_swarm.decoding.score import CHUNK, CanonicalPath, scored_text
 from token_swarm.errors import ExpertFault
 from token_swarm.experts.contract import Close, Expert, Extend, Fork, Op, Open, Rows
 from token_swarm.mixing.byte_law import SYMBOLS, Array
@@ -22,9 +22,6 @@ from token_swarm.mixing.trie import ByteTrie
 from token_swarm.particle import Rule
 from token_swarm.search.tape import Tape
 from token_swarm.vocabulary import Vocabulary
-
-CHUNK = 64
-"""Tokens of one forward: bounds the logits in flight (64 rows of 262,144 float32 are 67 MB)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,10 @@ class LawReader:
             self._expert.step([Close(base), Close(branch)])
 
     def _rows(self, first: Tensor, sequence: int, tokens: Sequence[int]) -> Iterator[Tensor]:
-        """Logit rows [width] after the context and after each of `tokens`."""
+        """Logit rows [width] after the context and after each of `tokens`.
+
+        In the scorer's pieces: a model in bfloat16 gives other logits when it reads in others, 1e-3 bits a byte apart.
+        """
         yield from first
         for start in range(0, len(tokens), CHUNK):
             yield from self._forward(Extend(sequence, tuple(tokens[start : start + CHUNK]), Rows.ALL))
