@@ -123,9 +123,9 @@ def _view(law: ByteLaw) -> LawView:
 
 
 class NativeByteUnit(ByteUnit):
-    """A `ByteUnit` whose groups live in one `ByteWalk`."""
+    """A `ByteUnit` whose groups live in one `ByteWalk`, the `walker`."""
 
-    _walk: ByteWalk
+    walker: ByteWalk
     _natives: list[NativeGroup]
 
     def _states(self, starts: list[ByteGroup]) -> Sequence[GroupState]:
@@ -154,22 +154,22 @@ class NativeByteUnit(ByteUnit):
                     tail=bytes(start.text),
                 )
             )
-        self._walk = ByteWalk(groups, log_linear=self.groups[0].rule is Rule.LOG_LINEAR)
+        self.walker = ByteWalk(groups, log_linear=self.groups[0].rule is Rule.LOG_LINEAR)
         self._natives = [
-            NativeGroup(self._walk, index, start.trie, start.heads[0].tokens) for index, start in enumerate(starts)
+            NativeGroup(self.walker, index, start.trie, start.heads[0].tokens) for index, start in enumerate(starts)
         ]
         return self._natives
 
     def shares(self, symbol: int) -> dict[str, float]:
         """As `ByteUnit.shares`."""
-        return self._named(self._walk.shares(symbol))
+        return self._named(self.walker.shares(symbol))
 
     def _named(self, shares: Array) -> dict[str, float]:
         return dict(zip((name for group in self.groups for name in group.names), shares.tolist(), strict=True))
 
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
         """Choose bytes until some group needs a forward."""
-        walk, shares = Walk(), np.zeros(self._walk.experts)
+        walk, shares = Walk(), np.zeros(self.walker.experts)
         while True:
             room = max_bytes - len(walk.data)
             stretch = self._stretch(sampler, room, max_tokens)
@@ -187,7 +187,7 @@ class NativeByteUnit(ByteUnit):
                     state.unshape()
 
     def _stretch(self, sampler: Sampler, room: int, max_tokens: int | None) -> Stretch:
-        stretch = self._walk.walk(
+        stretch = self.walker.walk(
             uniforms=sampler.uniforms(room + 1), script=sampler.script, max_bytes=room, max_tokens=max_tokens or 0
         )
         sampler.consume(len(stretch.log_probs))

@@ -62,17 +62,39 @@ inline void exp2_all(double* x, int n) {
     }
 }
 
+// Four partial sums: one would wait for every addition.
+inline double sum_of(const double* x, int n) {
+    double a = 0, b = 0, c = 0, d = 0;
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        a += x[i];
+        b += x[i + 1];
+        c += x[i + 2];
+        d += x[i + 3];
+    }
+    for (; i < n; i++) a += x[i];
+    return (a + b) + (c + d);
+}
+
+// Scales a law to add up to 1; zeros stay zeros.
+inline void scale_law(double* law) {
+    const double sum = sum_of(law, SYMBOLS);
+    if (!(sum > 0)) return;
+    const double inverse = 1.0 / sum;
+    for (int s = 0; s < SYMBOLS; s++) law[s] *= inverse;
+}
+
+inline void add_law(double* law, double weight, const double* other) {
+    for (int s = 0; s < SYMBOLS; s++) law[s] += weight * other[s];
+}
+
 // laws: [groups] pointers to 257 probabilities; out: 257, scaled to add up to 1, or zeros when nothing is possible.
 // linear: sum_g W_g P_g; log-linear: proportional to prod_g P_g^W_g, without symbols that some group excludes.
 inline void mix_bytes(int64_t groups, const double* const* laws, const double* weights, int32_t log_linear, double* out) {
-    double sum = 0;
+    for (int s = 0; s < SYMBOLS; s++) out[s] = 0;
     if (!log_linear) {
-        for (int s = 0; s < SYMBOLS; s++) out[s] = 0;
-        for (int64_t g = 0; g < groups; g++)
-            for (int s = 0; s < SYMBOLS; s++) out[s] += weights[g] * laws[g][s];
-        for (int s = 0; s < SYMBOLS; s++) sum += out[s];
-        if (sum > 0)
-            for (int s = 0; s < SYMBOLS; s++) out[s] /= sum;
+        for (int64_t g = 0; g < groups; g++) add_law(out, weights[g], laws[g]);
+        scale_law(out);
         return;
     }
     int16_t possible[SYMBOLS];
@@ -83,7 +105,6 @@ inline void mix_bytes(int64_t groups, const double* const* laws, const double* w
         for (int64_t g = 0; g < groups; g++) all &= laws[g][s] >= 2.2250738585072014e-308;
         possible[n] = int16_t(s);
         n += all;
-        out[s] = 0;
     }
     for (int i = 0; i < n; i++) joint[i] = 0;
     for (int64_t g = 0; g < groups; g++) {
@@ -95,8 +116,8 @@ inline void mix_bytes(int64_t groups, const double* const* laws, const double* w
     for (int i = 0; i < n; i++) top = joint[i] > top ? joint[i] : top;
     for (int i = 0; i < n; i++) joint[i] -= top;
     exp2_all(joint, n);
-    for (int i = 0; i < n; i++) sum += joint[i];
-    for (int i = 0; i < n; i++) out[possible[i]] = joint[i] / sum;
+    const double inverse = 1.0 / sum_of(joint, n);
+    for (int i = 0; i < n; i++) out[possible[i]] = joint[i] * inverse;
 }
 
 // Mass of [low, high) summed itself, for intervals whose difference of sums has lost its digits.

@@ -154,7 +154,7 @@ public:
         if (spec.window >= 0) {
             for (double& x : boundary) x = spec.boundary_floor;
             add_next(laws[law].own, ROOT, 1.0, boundary);
-            scale(boundary);
+            TS_PICK(scale_law)(boundary);
             has_boundary = true;
         }
         for (size_t at = size_t(heads[i].start); at < text.size(); at++)
@@ -168,16 +168,19 @@ public:
     const double* law() {
         if (!has_law) {
             std::fill(cached, cached + SYMBOL_COUNT, 0.0);
+            double fresh = 0;
             for (auto& head : heads) {
                 if (head.law >= 0) {
                     add_next(laws[head.law].own, head.node, head.weight, cached);
                 } else if (has_boundary && head.start == int64_t(text.size())) {
-                    double after[SYMBOL_COUNT];
-                    after_boundary(head, after);
-                    for (int s = 0; s < SYMBOL_COUNT; s++) cached[s] += head.weight * after[s];
+                    const double weight = head.weight / boundary_sum(head);
+                    fresh += weight;
+                    for (int32_t to = spec.first_child[head.node]; to < spec.first_child[head.node + 1]; to++)
+                        cached[spec.byte[to]] -= weight * (1 - spec.split_discount) * boundary[spec.byte[to]];
                 }
             }
-            scale(cached);
+            if (fresh > 0) TS_PICK(add_law)(cached, fresh, boundary);
+            TS_PICK(scale_law)(cached);
             has_law = true;
         }
         return cached;
@@ -195,9 +198,8 @@ public:
             for (auto& head : heads) {
                 if (head.law >= 0) continue;
                 if (head.start == int64_t(text.size())) {
-                    double after[SYMBOL_COUNT];
-                    after_boundary(head, after);
-                    head.weight *= after[byte];
+                    const double split = child(head.node, byte) < 0 ? 1 : spec.split_discount;
+                    head.weight *= split * boundary[byte] / boundary_sum(head);
                 } else {
                     head.weight *= likely;
                 }
@@ -262,13 +264,6 @@ private:
         return i;
     }
 
-    static void scale(double* law) {
-        double sum = 0;
-        for (int s = 0; s < SYMBOL_COUNT; s++) sum += law[s];
-        if (sum > 0)
-            for (int s = 0; s < SYMBOL_COUNT; s++) law[s] /= sum;
-    }
-
     double interval(const LawView& law, int64_t low, int64_t high) const {
         const double mass = law.cumulative[high] - law.cumulative[low];
         if (mass >= spec.exact_below) return mass;
@@ -299,11 +294,12 @@ private:
         if (node == ROOT) out[END] += weight * law.end;
     }
 
-    void after_boundary(const Head& head, double* out) const {
-        std::copy(boundary, boundary + SYMBOL_COUNT, out);
+    // What the boundary law adds up to for a fresh cold head: bytes that go on in a longer token count less.
+    double boundary_sum(const Head& head) const {
+        double longer = 0;
         for (int32_t to = spec.first_child[head.node]; to < spec.first_child[head.node + 1]; to++)
-            out[spec.byte[to]] *= spec.split_discount;
-        scale(out);
+            longer += boundary[spec.byte[to]];
+        return 1 - (1 - spec.split_discount) * longer;
     }
 
     // Moves head i one byte down; its offspring go to the end. False when nothing longer is left to wait for.
