@@ -26,6 +26,8 @@ class Unit(enum.Enum):
     """`token` if the experts with non-zero weight form one group, else `byte`."""
     TOKEN = "token"
     BYTE = "byte"
+    UNION = "union"
+    """Tokens of all vocabularies as byte strings, each expert for itself: the GaC/UniTE approximation."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,11 @@ class Group:
         return [self._mix([row], [1.0], [heat]) for row, heat in zip(rows, self.temperatures, strict=True)]
 
     def _mix(self, rows: Sequence[Tensor], weights: Sequence[float], temperatures: Sequence[float]) -> Tensor:
-        table = torch.tensor([weights, temperatures], dtype=torch.float64)
-        logits = [row[None] for row in rows]
-        return kernels.mix(logits, table[:1], table[1:], self.rule, self._allowed)[0]
+        # Experts in this process may leave their logits on a GPU: they are mixed there, and only the mixture is moved.
+        device = rows[0].device
+        table = torch.tensor([weights, temperatures], dtype=torch.float64, device=device)
+        logits = [row[None].to(device) for row in rows]
+        return kernels.mix(logits, table[:1], table[1:], self.rule, self._allowed.to(device))[0].cpu()
 
     def split(self, masses: npt.ArrayLike) -> dict[str, float]:
         """Share of each member when they gave a symbol `masses` [members, or 1 for all], |exponent| as prior."""
@@ -110,6 +114,21 @@ def make_groups(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Grou
     return tuple(groups)
 
 
+def make_rows(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Group, ...]:
+    """A group for each expert that `mixture` runs, whatever it shares with others, with the weight as given.
+
+    What the union unit mixes; the order is that of `specs`.
+    """
+    mixture.require_known(specs)
+    active = mixture.active
+    total = sum(active.values()) if mixture.rule is Rule.LINEAR else 1.0
+    return tuple(
+        Group((spec,), (1.0,), (mixture.temperatures.get(name, 1.0),), active[name] / total, mixture.rule)
+        for name, spec in specs.items()
+        if name in active
+    )
+
+
 def _split(weights: Sequence[float], rule: Rule, *, alone: bool) -> tuple[float, tuple[float, ...]]:
     """(weight across groups, weights inside the group) of a group's members."""
     total = sum(weights)
@@ -122,11 +141,15 @@ def _split(weights: Sequence[float], rule: Rule, *, alone: bool) -> tuple[float,
 def resolve_unit(unit: Unit, groups: Sequence[Group]) -> Unit:
     """What is really mixed: one group always mixes tokens, which is the same law and exact by construction.
 
+    So does the union of a single expert; that of several stays one even if they form one group.
     Raises BadParameter when `token` is asked for across vocabularies.
     """
+    if unit is Unit.UNION and sum(len(group.experts) for group in groups) > 1:
+        return Unit.UNION
     if len(groups) == 1:
         return Unit.TOKEN
     if unit is Unit.TOKEN:
         names = " | ".join("+".join(group.names) for group in groups)
-        raise BadParameter("unit", "token", f"'byte' or 'auto': the experts have different vocabularies ({names})")
+        allowed = f"'byte', 'union' or 'auto': the experts have different vocabularies ({names})"
+        raise BadParameter("unit", "token", allowed)
     return Unit.BYTE
