@@ -516,16 +516,16 @@ def test_poisoned_memory_changes_nothing(device, blocks, monkeypatch, name):
     """Outputs begin as NaN and garbage, everything lies between guard bands, aligned to 16 bytes and not."""
     blocks(64)
     monkeypatch.setattr(shaping, "CAPACITY", 32)
-    clean = undisturbed(name, device)
+    # Bands as wide as a tile, and before the plain run: what writes too far has to be found, not to break the process.
     # The interpreter does not know of alignment.
-    for band in (64, 3) if device == "cuda" else (3,):
+    for band in (64, 67) if device == "cuda" else (67,):
         guarded = Guarded(device, band)
         call = everything(guarded.place)[name]
         with monkeypatch.context() as patch:
             patch.setattr(launch, "empty", guarded.empty)
             results = outputs(call())
         guarded.assert_untouched()
-        assert [bits(result) for result in results] == clean
+        assert [bits(result) for result in results] == undisturbed(name, device)
 
 
 def test_a_kernel_that_writes_too_far_is_found():
