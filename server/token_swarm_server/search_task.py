@@ -20,9 +20,10 @@ from token_swarm.search import data
 from token_swarm.search.evaluators import ProcessPoolEvaluator, RayEvaluator, Remade, SerialEvaluator
 from token_swarm.search.run import Task
 from token_swarm.search.score_cache import ExpertKey, ScoreCache, fill, filled, model_identity
-from token_swarm.search.scoring import Passage
+from token_swarm.search.scoring import Detail, Passage
 from token_swarm.search.space import Space
 from token_swarm.search.subset import Subset
+from token_swarm.search.token_scores import needed_detail
 from token_swarm.search.utilities import (
     ExactMatch,
     Generations,
@@ -43,6 +44,7 @@ from token_swarm.search.utilities import (
 )
 from token_swarm.search.utility import Evaluator, Utility
 from token_swarm_server.config import ExpertSettings, Settings
+from token_swarm_server.search_remote import RemoteEnsemble
 
 
 class UtilityName(StrEnum):
@@ -135,10 +137,24 @@ class LocalExperts:
 
 
 @dataclass(frozen=True)
+class RemoteExperts:
+    """The experts of a running server, which writes `concurrency` texts at a time. cache: folder of texts."""
+
+    server: RemoteEnsemble
+    cache: Path
+    concurrency: int = 1
+
+    def generations(self, request: DecodeRequest, keys: Mapping[str, ExpertKey]) -> Generations:
+        """All of them, writing texts together."""
+        marks = {name: key.fingerprint for name, key in keys.items()}
+        return Generations(self.server.generate, request, marks, self.cache / "generations", self.concurrency)
+
+
+@dataclass(frozen=True)
 class Preparation:
     """What is searched, and with which experts. progress: told the expert, the file, passages read and all of them."""
 
-    experts: LocalExperts
+    experts: LocalExperts | RemoteExperts
     goals: tuple[Goal, ...]
     judging: Judging
     space: Space
@@ -174,27 +190,66 @@ class Preparation:
 
     def _keys(self, passages: Sequence[Sequence[Passage]]) -> dict[str, ExpertKey]:
         """Every expert's key; an expert reads all the passages that it has not read before."""
-        return {name: self._known_key(name, passages) or self._read(name, passages) for name in self.experts.models}
+        experts = self.experts
+        if isinstance(experts, RemoteExperts):
+            if any(passages):
+                cached = next(goal.utility.value for goal in self.goals if goal.utility in CACHED)
+                raise BadParameter("utility", cached, "one that writes text: a server's experts cannot read data")
+            return experts.server.keys()
+        loaded: dict[str, TransformersExpert] = {}
 
-    def _known_key(self, name: str, passages: Sequence[Sequence[Passage]]) -> ExpertKey | None:
-        """The key of an expert that has read everything, so that it need not be loaded."""
-        source, asked = model_identity(self.experts.models[name]), self.experts.settings[name].dtype
-        known = [filled(self.experts.cache / "scores", own, name, source) for own in passages if own]
-        if not known or any(key is None or asked not in ("auto", key.dtype.removeprefix("torch.")) for key in known):
-            return None
-        return known[0]
+        def expert(name: str) -> TransformersExpert:
+            if name not in loaded:
+                loaded[name] = experts.load(name)
+            return loaded[name]
 
-    def _read(self, name: str, passages: Sequence[Sequence[Passage]]) -> ExpertKey:
-        cache, source = self.experts.cache, model_identity(self.experts.models[name])
-        expert = self.experts.load(name)
         try:
-            for goal, own in zip(self.goals, passages, strict=True):
-                if own:
-                    told = partial(self.progress, name, goal.dataset.name)
-                    fill(cache / "scores", expert, own, source=source, tries=cache / "tries", progress=told)
-            return ExpertKey.of(expert.spec, source)
+            keys = {name: self._known_key(experts, name, passages) for name in experts.models}
+            found = {
+                name: key or ExpertKey.of(expert(name).spec, model_identity(experts.models[name]))
+                for name, key in keys.items()
+            }
+            detail = self._detail(list(found.values())) if any(passages) else Detail.BYTES
+            for name, key in found.items():
+                for goal, own in zip(self.goals, passages, strict=True):
+                    if own and filled(experts.cache / "scores", own, name, key.source, detail) != key:
+                        self._read(experts, expert(name), key.source, goal, own, detail)
+            return found
         finally:
-            expert.close()
+            for each in loaded.values():
+                each.close()
+
+    def _known_key(self, experts: LocalExperts, name: str, passages: Sequence[Sequence[Passage]]) -> ExpertKey | None:
+        """The key of an expert that has read some of this before, so that it may not have to be loaded."""
+        source, asked = model_identity(experts.models[name]), experts.settings[name].dtype
+        for own in passages:
+            key = filled(experts.cache / "scores", own, name, source) if own else None
+            if key is not None and asked in ("auto", key.dtype.removeprefix("torch.")):
+                return key
+        return None
+
+    def _detail(self, keys: Sequence[ExpertKey]) -> Detail:
+        """How much of what the experts say the space needs. Raises BadParameter when nothing cached would do."""
+        probe = 0.9 * self.space.uniform()  # a single expert's power is searched too
+        if self.space.temperatures:
+            probe[len(self.space.experts) :] = 0.1
+        detail, field_name, value, why = needed_detail(keys, self.space.mixture(probe))
+        if detail is None:
+            raise BadParameter(field_name, value, f"{why}; across vocabularies only bytes are cached")
+        return detail
+
+    def _read(
+        self,
+        experts: LocalExperts,
+        expert: TransformersExpert,
+        source: str,
+        goal: Goal,
+        passages: Sequence[Passage],
+        detail: Detail,
+    ) -> None:
+        told = partial(self.progress, expert.spec.name, goal.dataset.name)
+        tries, root = experts.cache / "tries", experts.cache / "scores"
+        fill(root, expert, passages, source=source, detail=detail, tries=tries, progress=told)
 
     def _utility(
         self,
@@ -204,14 +259,11 @@ class Preparation:
         generations: Generations | None,
     ) -> Utility:
         if goal.utility in CACHED:
-            utility = self._cached(goal, ScoreCache(self.experts.cache / "scores", list(keys.values()), passages))
-            # What bytes do not carry is refused here, not particle by particle in the middle of the search.
-            probe = self.space.uniform()
-            probe[len(self.space.experts) :] = 0.1
-            utility.evaluate([self.space.mixture(probe)], [0])
-            return utility
+            return self._cached(goal, ScoreCache(self.experts.cache / "scores", list(keys.values()), passages))
         if generations is not None:
             return _writing(goal, self.judging, generations)
+        if isinstance(self.experts, RemoteExperts):
+            raise BadParameter("workers", "processes", "left out with a server, which writes several texts at a time")
         factory = partial(_in_worker, goal, self.judging, self.experts, keys)
         return Remade(factory, name=goal.utility.value, smooth=False, items=len(goal.dataset))
 

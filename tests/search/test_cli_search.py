@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from token_swarm_server.cli import app
 from typer.testing import CliRunner
 
@@ -82,17 +83,41 @@ def test_a_likelihood_from_command_to_report(home: Path, tmp_path: Path, rule: s
         assert "bits per byte" in Path(document["report"]).read_text(encoding="utf-8")
 
 
-def test_the_search_predicts_what_score_says(home: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def twins(home: Path) -> Path:
+    """As `home`, but the two experts share a vocabulary."""
+    folder = home / "twins"
+    for seed, name in enumerate(SIZES):
+        torch.manual_seed(seed)
+        save_small_llama(folder / name, 270)
+    experts = "".join(f"  {name}: {{model: {folder / name}, threads: 1, max_context: 128}}\n" for name in SIZES)
+    (folder / "config.yaml").write_text(f"experts:\n{experts}cache: {folder / 'cache'}\n")
+    (folder / "texts.jsonl").write_bytes((home / "texts.jsonl").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("vocabularies", "more"),
+    [
+        ("home", ["--rule", "log-linear"]),
+        ("twins", ["--rule", "linear"]),
+        ("twins", ["--rule", "log-linear", "--temperatures"]),
+    ],
+)
+def test_the_search_predicts_what_score_says(request, tmp_path: Path, vocabularies: str, more) -> None:
     """The learned particle's dev and test scores are those of scoring the texts by the ensemble itself."""
     from token_swarm.decoding.in_process import LocalEnsemble
     from token_swarm.experts.transformers import TransformersExpert
     from token_swarm.search.data import TextExample, load_jsonl
 
-    learned(home, "loglikelihood", "texts.jsonl", tmp_path, "--no-report")
+    folder = request.getfixturevalue(vocabularies)
+    learned(folder, "loglikelihood", "texts.jsonl", tmp_path, "--no-report", *more)
     particle = Particle.load(tmp_path / "particle.json")
-    experts = {name: TransformersExpert(name, home / name, threads=1, max_context=128) for name in SIZES}
+    assert bool(particle.mixture.temperatures) == ("--temperatures" in more)
+    experts = {name: TransformersExpert(name, folder / name, threads=1, max_context=128) for name in SIZES}
     local = LocalEnsemble(experts)
-    dataset = load_jsonl(home / "texts.jsonl", TextExample)
+    assert len(local.ensemble.groups(particle.mixture)) == (1 if vocabularies == "twins" else 2)
+    dataset = load_jsonl(folder / "texts.jsonl", TextExample)
     for side, score in zip(dataset.split(0.5), (particle.dev_score, particle.test_score), strict=True):
         own = [dataset.examples[i] for i in side]
         nats = sum(local.score(each.prompt, each.text, particle.mixture).log_prob for each in own)
@@ -154,7 +179,7 @@ BAD = {
     "judge": ("judge", "prompts.jsonl", (), ["--judge"]),
     "judge model": ("judge", "prompts.jsonl", ("--judge", "http://x"), ["--judge-model"]),
     "reward": ("reward", "prompts.jsonl", (), ["--reward"]),
-    "temperatures": ("loglikelihood", "texts.jsonl", ("--temperatures",), ["temperature", "cached bytes"]),
+    "temperatures": ("loglikelihood", "texts.jsonl", ("--temperatures",), ["temperature", "reshapes tokens"]),
 }
 
 

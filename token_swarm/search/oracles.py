@@ -118,10 +118,12 @@ def lbfgs_log_linear(
 def likelihood_optimum(space: Space, utility: Utility) -> tuple[Mixture, Optimum] | None:
     """The best mixture of `space` by the oracle of its rule; None where no oracle knows the utility.
 
-    Oracles know log-likelihoods without temperatures. Raises what they raise.
+    Oracles know log-likelihoods of experts that are mixed byte by byte, without temperatures. Raises what they raise.
     """
     whole, passages = (utility.whole, utility.indices) if isinstance(utility, Subset) else (utility, None)
-    if not isinstance(whole, LogLikelihood) or space.temperatures or whole.cache.experts != space.experts:
+    if not isinstance(whole, LogLikelihood) or space.temperatures:
+        return None
+    if whole.cache.experts != space.experts or not whole.cache.bytewise:
         return None
     if space.rule is Rule.LINEAR:
         optimum = em_linear(whole.cache.masses(passages).numpy())

@@ -16,14 +16,14 @@ from token_swarm_server.cli.errors import FAILURE, INTERRUPTED, CliError
 from token_swarm_server.config import load_settings
 
 if TYPE_CHECKING:
+    from token_swarm.particle import Rule
     from token_swarm.search.run import SearchConfig
-    from token_swarm_server.search_task import Goal, Judging, Preparation
+    from token_swarm_server.search_task import Goal, Judging, LocalExperts, Preparation, RemoteExperts
 
 _DECODING = "Of utilities that write text: "
 
 
 def search(
-    config: Annotated[Path, typer.Option(help="YAML file with the experts.", metavar="FILE")],
     utility: Annotated[
         list[str],
         typer.Option(
@@ -34,6 +34,12 @@ def search(
     ],
     data: Annotated[list[Path], typer.Option(help="JSONL file of examples.", metavar="FILE")],
     out: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on.", metavar="DIR")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with the experts, which are loaded here.", metavar="FILE")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running server, for utilities that write text, instead of --config.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the particle.")] = "learned",
     particles: Annotated[
         Path | None, typer.Option(help="Also write the particle into this folder, for a server.", metavar="DIR")
@@ -69,7 +75,7 @@ def search(
     judge: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible API.", metavar="URL")] = None,
     judge_model: Annotated[str, typer.Option(help="Model that judges.")] = "",
     judge_key: Annotated[str | None, typer.Option(help="Environment variable with its key.", metavar="NAME")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that evaluate.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that evaluate; with --address: texts at a time.", min=1)] = 1,
     ray: Annotated[
         str | None, typer.Option(help="Evaluate on a Ray cluster: its address, or `local`.", metavar="ADDRESS")
     ] = None,
@@ -89,13 +95,19 @@ def search(
         --utility multiple-choice --data .cache/data/hellaswag.jsonl
       token-swarm search --config examples/demo.yaml --out runs/gsm8k --race 25,50,100 \\
         --utility exact-match --data .cache/data/gsm8k.jsonl --extract number
+      token-swarm search --address 127.0.0.1:50061 --workers 4 --out runs/helpful \\
+        --utility judge --data prompts.jsonl --judge http://127.0.0.1:8000/v1 --judge-model judge
       token-swarm particles compare runs/code/particle.json runs/hellaswag/particle.json
     """
     with _told():
+        from token_swarm.particle import Rule
         from token_swarm.search.measure import Measure
+        from token_swarm.search.space import Space
         from token_swarm_server.cli.search_display import Display
+        from token_swarm_server.search_task import Preparation
 
-        settings = load_settings(config)
+        if (config is None) == (address is None):
+            raise CliError("--config: give it (experts are loaded here) or --address (of a server that runs)")
         goals = _goals(utility, data, limit)
         judging = _judging(normalise, temperature, max_bytes, stop, extract, reward, judge, judge_model, judge_key)
         _require_parts(goals, judging, reference or [])
@@ -106,8 +118,11 @@ def search(
             raise BadParameter("--test", test, "a share of at least 0 and below 1")
         measure = Measure.of(goals[0].utility.value if len(goals) == 1 else "harmonic")
         with Display(session.stderr_console(), measure, iterations) as display:
-            preparation = _prepare(settings, goals, judging, rule, temperatures, test, display)
-            outcome = _run(preparation, chosen, out, particles, workers, ray, list(reference or ()), report, display)
+            experts, names, default_rule = _remote(address, workers) if address else _local(config)
+            space = Space(names, Rule(rule.value) if rule else default_rule, temperatures)
+            preparation = Preparation(experts, goals, judging, space, test, display.reading)
+            processes = 1 if address else workers
+            outcome = _run(preparation, chosen, out, particles, processes, ray, list(reference or ()), report, display)
         if as_json:
             print(json.dumps(outcome["json"]))
         else:
@@ -220,23 +235,23 @@ def _search_config(
     return SearchConfig(name=name, optimiser=optimiser, settings=settings, seed=seed, race=rungs)
 
 
-def _prepare(
-    settings: Any,
-    goals: tuple[Goal, ...],
-    judging: Judging,
-    rule: options.RuleName | None,
-    temperatures: bool,
-    test: float,
-    display: Any,
-) -> Preparation:
+def _local(config: Path | None) -> tuple[LocalExperts, tuple[str, ...], Rule]:
+    """(experts, their names, the configuration's rule)."""
     from token_swarm.particle import Rule
-    from token_swarm.search.space import Space
-    from token_swarm_server.search_task import LocalExperts, Preparation
+    from token_swarm_server.search_task import LocalExperts
 
+    settings = load_settings(config)
     models = session.ready_models(settings, session.stderr_console())
-    experts = LocalExperts.of(settings, models)
-    space = Space(tuple(models), Rule(rule.value if rule else settings.coordinator.rule), temperatures)
-    return Preparation(experts, goals, judging, space, test, display.reading)
+    return LocalExperts.of(settings, models), tuple(models), Rule(settings.coordinator.rule)
+
+
+def _remote(address: str, concurrency: int) -> tuple[RemoteExperts, tuple[str, ...], Rule]:
+    from token_swarm.particle import Rule
+    from token_swarm_server.search_remote import RemoteEnsemble
+    from token_swarm_server.search_task import RemoteExperts
+
+    server = RemoteEnsemble(address)
+    return RemoteExperts(server, Path(".cache").absolute(), concurrency), tuple(server.keys()), Rule.LOG_LINEAR
 
 
 def _run(
