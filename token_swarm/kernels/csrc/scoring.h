@@ -25,37 +25,56 @@ TS_INLINE double logarithm(const Product& p) {
 
 constexpr int64_t CHUNK = 512;  // positions whose masses stay in the nearest cache while all particles read them
 
+// One particle over one chunk: columns of scaled masses, the one with the largest weight first, and the other weights
+// relative to it. That saves a multiplication per mixture, which stays between 2^-something small and the number of experts.
+struct Relative {
+    const float* column[MAX_EXPERTS];
+    Floats weight[MAX_EXPERTS];
+};
+
 template <int EXPERTS>
-TS_INLINE Floats mixture(const Floats* w, const float (*scaled)[CHUNK], int64_t experts, int64_t i) {
-    Floats x = w[0] * load(scaled[0] + i);
-    for (int64_t e = 1; e < (EXPERTS ? EXPERTS : experts); e++) x += w[e] * load(scaled[e] + i);
+TS_INLINE Floats mixture(const Relative& own, int64_t experts, int64_t i) {
+    Floats x = load(own.column[0] + i);
+    for (int64_t e = 1; e < (EXPERTS ? EXPERTS : experts); e++) x += own.weight[e] * load(own.column[e] + i);
     return x;
 }
 
-// Log of the product over `full` positions of sum_e w_e m_e; the least mixture tells whether that was safe.
-template <int EXPERTS>
-TS_INLINE double log_product(const Floats* w, const float (*scaled)[CHUNK], int64_t experts, int64_t full, float& lowest) {
+// Log of the product over `full` positions of the mixtures, AT_ONCE vectors between two renormalisations. `lowest` is
+// the least product that came up: below 2^-120 float32 may have lost digits.
+template <int EXPERTS, int AT_ONCE>
+TS_INLINE double log_product(const Relative& own, int64_t experts, int64_t full, float& lowest) {
     Product product = {splat(1.0f), splat(int32_t(0))};
     Floats least = splat(INF);
     int64_t i = 0;
-    // Four mixtures between renormalisations: together at least 2^-120 while each is at least 2^-30.
-    for (; i + 4 * LANES <= full; i += 4 * LANES) {
-        Floats a = mixture<EXPERTS>(w, scaled, experts, i), b = mixture<EXPERTS>(w, scaled, experts, i + LANES);
-        Floats c = mixture<EXPERTS>(w, scaled, experts, i + 2 * LANES), d = mixture<EXPERTS>(w, scaled, experts, i + 3 * LANES);
-        Floats ab = a < b ? a : b, cd = c < d ? c : d;
-        Floats low = ab < cd ? ab : cd;
-        least = low < least ? low : least;
-        product.mantissa *= (a * b) * (c * d);
+    for (; i + AT_ONCE * LANES <= full; i += AT_ONCE * LANES) {
+        Floats x = mixture<EXPERTS>(own, experts, i), y = splat(1.0f);
+        if (AT_ONCE > 1) {
+            y = mixture<EXPERTS>(own, experts, i + LANES);
+            for (int k = 2; k < AT_ONCE; k += 2) {
+                x *= mixture<EXPERTS>(own, experts, i + k * LANES);
+                y *= mixture<EXPERTS>(own, experts, i + (k + 1) * LANES);
+            }
+            x *= y;
+        }
+        least = x < least ? x : least;
+        product.mantissa *= x;
         renormalise(product);
     }
     for (; i < full; i += LANES) {
-        Floats a = mixture<EXPERTS>(w, scaled, experts, i);
-        least = a < least ? a : least;
-        product.mantissa *= a;
+        Floats x = mixture<EXPERTS>(own, experts, i);
+        least = x < least ? x : least;
+        product.mantissa *= x;
         renormalise(product);
     }
     lowest = -largest(-least);
     return logarithm(product);
+}
+
+template <int AT_ONCE>
+TS_INLINE double log_product_any(const Relative& own, int64_t experts, int64_t full, float& lowest) {
+    if (experts == 2) return log_product<2, AT_ONCE>(own, experts, full, lowest);
+    if (experts == 3) return log_product<3, AT_ONCE>(own, experts, full, lowest);
+    return log_product<0, AT_ONCE>(own, experts, full, lowest);
 }
 
 // masses: float [experts, positions] with row stride `stride`; weights: double [particles, experts]; offsets: int64
@@ -99,19 +118,25 @@ inline void score_linear(int64_t experts, int64_t particles, int64_t items, cons
             for (int64_t p = 0; p < particles; p++) {
                 double& sum = out[p * items + item];
                 const double* own = weights + p * experts;
+                int64_t heaviest = 0;
+                for (int64_t e = 1; e < experts; e++)
+                    if (own[e] > own[heaviest]) heaviest = e;
+                Relative relative;
                 double total_weight = 0;
-                Floats w[MAX_EXPERTS];
                 for (int64_t e = 0; e < experts; e++) {
-                    w[e] = splat(float(own[e]));
-                    total_weight += double(float(own[e]));
+                    const int64_t from = e == 0 ? heaviest : e == heaviest ? 0 : e;
+                    relative.column[e] = scaled[from];
+                    const float weight = float(own[from] / own[heaviest]);
+                    relative.weight[e] = splat(weight);
+                    total_weight += double(weight);
                 }
+                constexpr float SAFE = 7.5e-37f;  // 2^-120
                 float lowest;
-                const double logs = experts == 2   ? log_product<2>(w, scaled, experts, full, lowest)
-                                    : experts == 3 ? log_product<3>(w, scaled, experts, full, lowest)
-                                                   : log_product<0>(w, scaled, experts, full, lowest);
-                if (lowest >= 9.3e-10f && total_weight < 1e9) {
+                double logs = log_product_any<8>(relative, experts, full, lowest);
+                if (!(lowest >= SAFE)) logs = log_product_any<1>(relative, experts, full, lowest);
+                if (lowest >= SAFE) {
                     // The padding of the last vector holds the sum of the weights; it is taken off again.
-                    sum += log_scales + logs - double(full - n) * std::log(total_weight);
+                    sum += log_scales + logs + double(n) * std::log(own[heaviest]) - double(full - n) * std::log(total_weight);
                     continue;
                 }
                 // A particle whose best experts have next to no weight: one logarithm a position.
@@ -138,35 +163,79 @@ struct Total {
 };
 
 template <int EXPERTS>
+TS_INLINE Floats joint_exponent(const Joint& joint, int64_t i) {
+    Floats x = splat(joint.weight[0]) * load(joint.law[0] + i);
+    for (int k = 1; k < (EXPERTS ? EXPERTS : joint.count); k++) x += splat(joint.weight[k]) * load(joint.law[k] + i);
+    return x;
+}
+
+TS_INLINE float joint_exponent_one(const Joint& joint, int64_t i) {
+    float x = 0;
+    for (int k = 0; k < joint.count; k++) x += joint.weight[k] * joint.law[k][i];
+    return x;
+}
+
+template <int EXPERTS>
 TS_INLINE Total sum_of_powers(const Joint& joint, int64_t symbols, float offset) {
     Floats top = splat(-INF), sum = splat(0.0f);
-    auto exponent = [&](int64_t i) __attribute__((always_inline)) {
-        Floats x = splat(joint.weight[0]) * load(joint.law[0] + i);
-        for (int k = 1; k < (EXPERTS ? EXPERTS : joint.count); k++) x += splat(joint.weight[k]) * load(joint.law[k] + i);
-        return x;
-    };
     int64_t i = 0;
     for (; i + LANES <= symbols; i += LANES) {
-        Floats x = exponent(i);
+        Floats x = joint_exponent<EXPERTS>(joint, i);
         top = larger(x, top);
         sum += power_of_two(x - splat(offset));
     }
     float best = largest(top);
     double all = total(sum);
     for (; i < symbols; i++) {
-        float x = 0;
-        for (int k = 0; k < joint.count; k++) x += joint.weight[k] * joint.law[k][i];
+        float x = joint_exponent_one(joint, i);
         best = x > best ? x : best;
         all += std::exp2(x - offset);
     }
     return {best, all};
 }
 
-TS_INLINE Total sum_of_powers_any(const Joint& joint, int64_t symbols, float offset) {
-    if (joint.count == 1) return sum_of_powers<1>(joint, symbols, offset);
-    if (joint.count == 2) return sum_of_powers<2>(joint, symbols, offset);
-    if (joint.count == 3) return sum_of_powers<3>(joint, symbols, offset);
-    return sum_of_powers<0>(joint, symbols, offset);
+// The same for weights that are not negative: exponents are at most 0, so nothing overflows, and whatever is below
+// 2^-126 may count as that. A sum that comes out tiny has to be done again.
+template <int EXPERTS>
+TS_INLINE double sum_of_small_powers(const Joint& joint, int64_t symbols) {
+    Floats even = splat(0.0f), odd = splat(0.0f);
+    auto power = [&](int64_t i) __attribute__((always_inline)) {
+        const Floats magic = splat(12582912.0f);
+        Floats x = larger(joint_exponent<EXPERTS>(joint, i), splat(-126.0f));
+        Floats shifted = x + magic;
+        return as_floats(as_ints(exp2_fraction(x - (shifted - magic))) + (as_ints(shifted) << 23));
+    };
+    int64_t i = 0;
+    for (; i + 2 * LANES <= symbols; i += 2 * LANES) {
+        even += power(i);
+        odd += power(i + LANES);
+    }
+    for (; i + LANES <= symbols; i += LANES) even += power(i);
+    double all = total(even + odd);
+    for (; i < symbols; i++) all += std::exp2(joint_exponent_one(joint, i));
+    return all;
+}
+
+template <int EXPERTS>
+TS_INLINE double log2_normaliser(const Joint& joint, int64_t symbols, bool negative) {
+    if (!negative) {
+        const double sum = sum_of_small_powers<EXPERTS>(joint, symbols);
+        if (sum > 1e-6) return std::log2(sum);
+    }
+    Total all = sum_of_powers<EXPERTS>(joint, symbols, 0);
+    float offset = 0;
+    if (all.top > HEADROOM || all.top < -FLOORROOM) {
+        offset = all.top;
+        all = sum_of_powers<EXPERTS>(joint, symbols, offset);
+    }
+    return double(offset) + std::log2(all.sum);
+}
+
+TS_INLINE double log2_normaliser_any(const Joint& joint, int64_t symbols, bool negative) {
+    if (joint.count == 1) return log2_normaliser<1>(joint, symbols, negative);
+    if (joint.count == 2) return log2_normaliser<2>(joint, symbols, negative);
+    if (joint.count == 3) return log2_normaliser<3>(joint, symbols, negative);
+    return log2_normaliser<0>(joint, symbols, negative);
 }
 
 // Log2 of the normaliser where some symbols are excluded, symbol by symbol.
@@ -211,7 +280,7 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                 Joint joint;
                 joint.count = 0;
                 // Excluded symbols come out as 2^-inf = 0 by themselves, unless a negative weight turns them about.
-                bool plain = true, excluded = false;
+                bool plain = true, excluded = false, negative = false;
                 double at_target = 0;
                 for (int64_t e = 0; e < experts; e++) {
                     if (own[e] == 0) continue;
@@ -219,6 +288,7 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                     joint.law[joint.count] = law;
                     joint.weight[joint.count++] = float(own[e] * 1.4426950408889634);
                     plain &= whole[e] || own[e] > 0;
+                    negative |= own[e] < 0;
                     excluded |= law[targets[n]] == -INF;
                     at_target += own[e] * double(law[targets[n]]);
                 }
@@ -227,19 +297,8 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                     sum = excluded ? -INF_D : sum - std::log(double(symbols));
                     continue;
                 }
-                double normaliser;
-                if (plain) {
-                    // Laws are at most 1, so the exponents of useful particles lie near 0; others are done again.
-                    float offset = 0;
-                    Total all = sum_of_powers_any(joint, symbols, offset);
-                    if (all.top > HEADROOM || all.top < -FLOORROOM) {
-                        offset = all.top;
-                        all = sum_of_powers_any(joint, symbols, offset);
-                    }
-                    normaliser = double(offset) + std::log2(all.sum);
-                } else {
-                    normaliser = log2_normaliser_slow(joint, symbols);
-                }
+                const double normaliser =
+                    plain ? log2_normaliser_any(joint, symbols, negative) : log2_normaliser_slow(joint, symbols);
                 sum += at_target - normaliser * M_LN2;
             }
         }
