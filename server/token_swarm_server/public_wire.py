@@ -16,7 +16,7 @@ from token_swarm.v1 import swarm_pb2
 from token_swarm_server.engine import Finished
 
 RULES = {Rule.LINEAR: swarm_pb2.RULE_LINEAR, Rule.LOG_LINEAR: swarm_pb2.RULE_LOG_LINEAR}
-UNITS = {Unit.AUTO: swarm_pb2.UNIT_AUTO, Unit.TOKEN: swarm_pb2.UNIT_TOKEN, Unit.BYTE: swarm_pb2.UNIT_BYTE}
+UNITS = {unit: swarm_pb2.Unit.Value(f"UNIT_{unit.name}") for unit in Unit}
 REASONS = {reason: swarm_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 _RULE_OF = {value: rule for rule, value in RULES.items()}
 _UNIT_OF = {swarm_pb2.UNIT_UNSPECIFIED: Unit.AUTO} | {value: unit for unit, value in UNITS.items()}

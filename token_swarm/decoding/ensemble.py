@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import PromptTooLong
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec
+from token_swarm.kernels import UnionMap
 from token_swarm.mixing.byte_unit import ByteUnit
-from token_swarm.mixing.groups import Group, Unit, make_groups, resolve_unit
+from token_swarm.mixing.groups import Group, Unit, make_groups, make_rows, resolve_unit
+from token_swarm.mixing.native_unit import byte_unit_type
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.token_unit import TokenUnit
 from token_swarm.mixing.trie import ByteTrie
+from token_swarm.mixing.union_unit import UnionUnit
 from token_swarm.mixing.unit import MixingUnit
 from token_swarm.particle import Mixture, Rule
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The experts that may be mixed and the tries of their vocabularies."""
+    """The experts that may be mixed, the tries of their vocabularies, and the unions of those that were asked for."""
 
     specs: Mapping[str, ExpertSpec]
     tries: Mapping[str, ByteTrie]
+    _unions: dict[tuple[str, ...], UnionMap] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, specs: Mapping[str, ExpertSpec], cache: Path | None = None) -> Ensemble:
@@ -55,6 +59,8 @@ class Ensemble:
                     raise PromptTooLong(spec.name, length, spec.max_context)
         if kind is Unit.TOKEN:
             return TokenUnit(groups[0], prompts[groups[0].names[0]].tokens, request.shaping)
+        if kind is Unit.UNION:
+            return self.union_unit(make_rows(self.specs, mixture), request, prompts)
         return self.byte_unit(groups, request, prompts)
 
     def byte_unit(
@@ -63,8 +69,19 @@ class Ensemble:
         """The byte unit over any groups, even a single one, whose marginal byte law it then is."""
         # Epsilon 0 asks for the exact law, which gives nothing up.
         window = request.window if request.epsilon > 0 else None
-        return ByteUnit(groups, self.tries, prompts, request.shaping, epsilon=request.epsilon, window=window)
+        return byte_unit_type()(groups, self.tries, prompts, request.shaping, epsilon=request.epsilon, window=window)
+
+    def union_unit(
+        self, rows: tuple[Group, ...], request: DecodeRequest, prompts: Mapping[str, EncodedPrompt]
+    ) -> UnionUnit:
+        """The union unit over groups of one expert each. The first one of a set of vocabularies makes their map,
+        about 3 us per token; it is kept for as long as the ensemble.
+        """
+        key = tuple(group.vocabulary.fingerprint for group in rows)
+        if key not in self._unions:
+            self._unions[key] = UnionMap.build([group.vocabulary for group in rows])
+        return UnionUnit(rows, self._unions[key], self.tries, prompts, request.shaping, floor=request.union_floor)
 
     def score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> ByteUnit:
         """A byte unit that follows the heads it is fed: none is ever due, a cold one is given up after one byte."""
-        return ByteUnit(groups, self.tries, prompts, Shaping(), epsilon=1.0, window=1)
+        return byte_unit_type()(groups, self.tries, prompts, Shaping(), epsilon=1.0, window=1)

@@ -10,6 +10,7 @@ from token_swarm.errors import BadParameter
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.union_unit import DEFAULT_FLOOR
 
 
 class FinishReason(enum.Enum):
@@ -28,7 +29,8 @@ class DecodeRequest:
 
     max_tokens counts the tokens of the expert that needs fewest, max_bytes the bytes of the text; the first limit
     reached ends it. Stop strings are matched on bytes and are not part of the text. epsilon and window: see
-    `token_swarm.mixing.byte_group`.
+    `token_swarm.mixing.byte_group`. union_floor: log-probability of a token that an expert lacks, in the union unit
+    under the log-linear rule.
     """
 
     shaping: Shaping = field(default_factory=Shaping)
@@ -39,6 +41,7 @@ class DecodeRequest:
     stop: tuple[bytes, ...] = ()
     epsilon: float = DEFAULT_EPSILON
     window: int | None = DEFAULT_WINDOW
+    union_floor: float = DEFAULT_FLOOR
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -52,5 +55,7 @@ class DecodeRequest:
             raise BadParameter("epsilon", self.epsilon, "a number in [0, 1)")
         if self.window is not None and self.window < 1:
             raise BadParameter("window", self.window, "an integer >= 1")
+        if not -math.inf < self.union_floor < 0:
+            raise BadParameter("union_floor", self.union_floor, "a finite number < 0 (nats)")
         if not 0 <= self.seed < 2**64:
             raise BadParameter("seed", self.seed, "an integer in [0, 2^64)")

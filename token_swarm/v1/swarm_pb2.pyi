@@ -57,6 +57,10 @@ class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unit.ValueType],
     """Tokens; only for experts that share one vocabulary."""
     UNIT_BYTE: _Unit.ValueType  # 3
     """Bytes; exact for any experts."""
+    UNIT_UNION: _Unit.ValueType  # 4
+    """Tokens of all vocabularies as strings, after one tokenization of the text: GaC and UniTE, for comparison. What
+    Sampling asks for acts on the mixed distribution.
+    """
 
 class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
     """Unit says what is mixed."""
@@ -69,6 +73,10 @@ UNIT_TOKEN: Unit.ValueType  # 2
 """Tokens; only for experts that share one vocabulary."""
 UNIT_BYTE: Unit.ValueType  # 3
 """Bytes; exact for any experts."""
+UNIT_UNION: Unit.ValueType  # 4
+"""Tokens of all vocabularies as strings, after one tokenization of the text: GaC and UniTE, for comparison. What
+Sampling asks for acts on the mixed distribution.
+"""
 Global___Unit: _TypeAlias = Unit  # noqa: Y015
 
 class _FinishReason:
@@ -455,9 +463,11 @@ class Finish(_message.Message):
     seed: _builtins.int
     """Seed of the draw. Absent: nothing was drawn, the text is greedy."""
     certificate: _builtins.float
-    """Largest bound on the total variation of a group's next-byte law over the text; 0 where mixing is exact."""
+    """Largest bound on the total variation of a group's next-byte law over the text; 0 where mixing is exact, 1
+    for the union unit, for which no bound is known.
+    """
     unit: Global___Unit.ValueType
-    """The unit that was mixed, token or byte."""
+    """The unit that was mixed, token, byte or union."""
     retired: _builtins.float
     """Probability of the tokenizations of the text that were given up on the way, in the group with the most."""
     @_builtins.property

@@ -28,6 +28,7 @@ class UnitName(StrEnum):
     AUTO = "auto"
     TOKEN = "token"
     BYTE = "byte"
+    UNION = "union"
 
 
 Address = Annotated[
@@ -41,7 +42,13 @@ Weights = Annotated[
 ]
 ParticleName = Annotated[str | None, typer.Option(help="Named mixture of the server, instead of --weights.")]
 RuleOption = Annotated[RuleName | None, typer.Option(help="How the weights combine the experts.")]
-UnitOption = Annotated[UnitName, typer.Option(help="What is mixed; auto: tokens if all experts share them.")]
+UnitOption = Annotated[
+    UnitName,
+    typer.Option(
+        help="What is mixed; auto: tokens if all experts share them, else bytes; "
+        "union: tokens of all vocabularies as strings (GaC, UniTE), approximate, to compare with."
+    ),
+]
 Epsilon = Annotated[
     float | None, typer.Option(help="Most total variation that a next-byte law may be off; 0: exact.")
 ]
