@@ -82,7 +82,8 @@ def test_both_write_the_same_text(
     own = {f"e{i}": weight for i, weight in enumerate(weights[: len(names)])}
     if negative and rule is Rule.LOG_LINEAR and len(own) > 1:
         own["e1"] *= -0.5
-    request = DecodeRequest(shaping=shaping, seed=seed, max_bytes=6 if epsilon == 0 else 30, epsilon=epsilon, window=window)
+    most = 6 if epsilon == 0 else 30
+    request = DecodeRequest(shaping=shaping, seed=seed, max_bytes=most, epsilon=epsilon, window=window)
     script = None if forced is None else forced.encode()
     ours, python = (decode(local, Mixture(own, rule), request, kind, script) for kind in (NativeByteUnit, ByteUnit))
     assert ours.text == python.text

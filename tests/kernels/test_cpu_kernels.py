@@ -259,3 +259,35 @@ def test_score_log_linear(kernels: ModuleType, symbols: int, experts: int) -> No
     ours = kernels.score_log_linear(laws, targets, weights, offsets)
     assert torch.equal(ours.isneginf(), exact.isneginf())
     assert torch.allclose(ours, exact, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the C++ kernels were not built here")
+def test_every_instruction_set_agrees() -> None:
+    """What an older processor runs is the same source; it must give the same results."""
+    best = native.instruction_set()
+    case = with_signs(random_case("levels", rows=len(SETTINGS), width=5003, experts=3, dtype=torch.bfloat16, seed=4))
+    laws, targets, offsets = scoring_case(3, 40, 257, seed=1)
+    masses = laws.exp()[torch.arange(40), :, targets].T.contiguous()
+    uniforms = torch.rand(len(SETTINGS), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def results() -> list[torch.Tensor]:
+        mixed = native.mix(case.logits, case.weights, case.temperatures, Rule.LOG_LINEAR, case.allowed)
+        linear = native.mix(case.logits, case.weights.abs(), case.temperatures, Rule.LINEAR, case.allowed)
+        shaped = native.shape(mixed, *columns(SETTINGS))
+        return [
+            mixed,
+            linear,
+            shaped,
+            *native.choose(shaped, uniforms, uniforms > 0.8),
+            native.score_linear(masses, case.weights[:5].abs(), offsets),
+            native.score_log_linear(laws, targets, case.weights[:5], offsets),
+        ]
+
+    expected = results()
+    try:
+        for level in ("baseline", "AVX2"):
+            native.instruction_set(at_most=level)
+            for ours, theirs in zip(results(), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-12)
+    finally:
+        assert native.instruction_set(at_most="AVX-512") == best

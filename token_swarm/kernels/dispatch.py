@@ -47,6 +47,8 @@ def describe() -> dict[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chosen = {"cpu": names[_on_cpu()]}
+    if _on_cpu() is native:
+        chosen["cpu"] += f" ({native.instruction_set()})"
     if torch.cuda.is_available():
         chosen["cuda"] = names.get(_on_cuda(), "Triton")
     return chosen

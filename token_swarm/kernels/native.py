@@ -36,11 +36,13 @@ def library() -> ctypes.CDLL | None:
             for name, arguments in _SIGNATURES.items():
                 function = getattr(loaded, name)
                 function.argtypes, function.restype = arguments, None
+            loaded.ts_level.argtypes, loaded.ts_level.restype = [], _I32
             return loaded
     return None
 
 
 _SIGNATURES: dict[str, list[type]] = {
+    "ts_force_level": [_I32],
     "ts_mix": [_I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR, _I32, _PTR, _PTR],
     "ts_mix_union": [
         _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _I32, _F64,
@@ -52,6 +54,19 @@ _SIGNATURES: dict[str, list[type]] = {
     "ts_score_linear": [_I64, _I64, _I64, _PTR, _I64, _PTR, _PTR, _PTR],
     "ts_score_log_linear": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
 }  # fmt: skip
+
+
+_LEVELS = ("baseline", "AVX2", "AVX-512")
+
+
+def instruction_set(at_most: str | None = None) -> str:
+    """The instruction set in use; `at_most` one of `baseline`, `AVX2` and `AVX-512` holds it down from now on."""
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError("the C++ kernels were not built: install with a C++ compiler at hand")
+    if at_most is not None:
+        loaded.ts_force_level(_LEVELS.index(at_most))
+    return _LEVELS[loaded.ts_level()]
 
 
 def _call(name: str, *arguments: object) -> None:
