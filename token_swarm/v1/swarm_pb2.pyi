@@ -789,7 +789,6 @@ class ParticleInfo(_message.Message):
     UTILITY_FIELD_NUMBER: _builtins.int
     DEV_SCORE_FIELD_NUMBER: _builtins.int
     TEST_SCORE_FIELD_NUMBER: _builtins.int
-    IS_DEFAULT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the particle."""
     utility: _builtins.str
@@ -798,8 +797,6 @@ class ParticleInfo(_message.Message):
     """Utility on the development set. Absent: unknown."""
     test_score: _builtins.float
     """Utility on the test set. Absent: unknown."""
-    is_default: _builtins.bool
-    """Whether a request that names no mixing gets this particle."""
     @_builtins.property
     def mixture(self) -> Global___Mixture:
         """Its rule, weights and temperatures."""
@@ -812,11 +809,10 @@ class ParticleInfo(_message.Message):
         utility: _builtins.str = ...,
         dev_score: _builtins.float | None = ...,
         test_score: _builtins.float | None = ...,
-        is_default: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dev_score", b"_dev_score", "_test_score", b"_test_score", "dev_score", b"dev_score", "mixture", b"mixture", "test_score", b"test_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dev_score", b"_dev_score", "_test_score", b"_test_score", "dev_score", b"dev_score", "is_default", b"is_default", "mixture", b"mixture", "name", b"name", "test_score", b"test_score", "utility", b"utility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dev_score", b"_dev_score", "_test_score", b"_test_score", "dev_score", b"dev_score", "mixture", b"mixture", "name", b"name", "test_score", b"test_score", "utility", b"utility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dev_score: _TypeAlias = _typing.Literal["dev_score"]  # noqa: Y015
     _WhichOneofArgType__dev_score: _TypeAlias = _typing.Literal["_dev_score", b"_dev_score"]  # noqa: Y015
