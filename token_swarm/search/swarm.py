@@ -26,7 +26,7 @@ class SwarmSettings:
     social: float = 1.49618
     patience: int = 10
     """Iterations without a better global best that end the swarm."""
-    spread: float = 0.02
+    spread: float = 0.1
     """On a smooth utility, the swarm hands over to the polish when the better half of its personal bests is this close
     together, or when half of the iterations are used up."""
     rounds: int = 20
