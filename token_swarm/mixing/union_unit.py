@@ -96,7 +96,6 @@ class UnionUnit:
         self._union = union
         self._shaping = shaping
         self._floor = floor
-        self._temperatures = torch.tensor([[group.temperatures[0] for group in groups]], dtype=torch.float64)
         self._readers: list[_Reader] = []
         for group in self.groups:
             tokens = prompts[group.names[0]].tokens
@@ -124,14 +123,13 @@ class UnionUnit:
         """The union law before shaping: [union.size], summing to 1."""
         rows = [reader.row for reader in self._readers if reader.row is not None]
         weights = [0.0 if reader.lost else g.weight for g, reader in zip(self.groups, self._readers, strict=True)]
-        mixed = kernels.mix_union(
-            [row[None] for row in rows],
-            torch.tensor([weights], dtype=torch.float64),
-            self._temperatures,
-            self.groups[0].rule,
-            self._union,
-            self._floor,
-        )[0]
+        heats = [group.temperatures[0] for group in self.groups]
+        # As in a group: mixed where the first expert leaves its logits, and only the mixture is moved.
+        device = rows[0].device
+        table = torch.tensor([weights, heats], dtype=torch.float64, device=device)
+        logits = [row[None].to(device) for row in rows]
+        rule = self.groups[0].rule
+        mixed = kernels.mix_union(logits, table[:1], table[1:], rule, self._union, self._floor)[0].cpu()
         if bool(mixed[0].isnan()):
             self._blame()
         if any(reader.lost for reader in self._readers):
