@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from token_swarm import kernels
 from token_swarm.decoding.score import CanonicalPath
 from token_swarm.mixing.byte_group import SPLIT_DISCOUNT
 from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw
@@ -153,12 +154,12 @@ class Tape:
 
     def from_rows(self, probabilities: Tensor, trie: ByteTrie, eos_ids: tuple[int, ...]) -> tuple[Array, Array]:
         """(masses [masses], roots [rows, 257]) of token probabilities [rows, width]."""
-        ordered = probabilities[:, torch.from_numpy(trie.order)].double().numpy()
-        cumulative = np.concatenate((np.zeros((len(ordered), 1)), np.cumsum(ordered, axis=1)), axis=1)
+        in_order, sums = kernels.prefix_mass(probabilities, torch.from_numpy(trie.order))
+        ordered, cumulative = in_order.numpy(), sums.numpy()
         row, low, high = self.intervals.T
         masses = cumulative[row, high] - cumulative[row, low]
         for index in np.flatnonzero(masses < _EXACT_BELOW).tolist():
-            masses[index] = ordered[row[index], low[index] : high[index]].sum()
+            masses[index] = ordered[row[index], low[index] : high[index]].sum(dtype=np.float64)
         roots = np.zeros((len(ordered), SYMBOLS))
         first, last = int(trie.first_child[ROOT]), int(trie.first_child[ROOT + 1])
         roots[:, trie.byte[first:last]] = cumulative[:, trie.high[first:last]] - cumulative[:, trie.low[first:last]]
