@@ -262,3 +262,11 @@ def test_an_expert_that_runs_elsewhere_cannot_be_read_with(home: Path, tmp_path:
     (tmp_path / "config.yaml").write_text(experts)
     more = ["--utility", "loglikelihood", "--data", str(home / "texts.jsonl"), "--out", str(tmp_path / "run")]
     refused(CliRunner().invoke(app, ["search", "--config", str(tmp_path / "config.yaml"), *more]), "far", "address")
+
+
+@pytest.mark.parametrize("command", [["search"], ["particles", "compare"]])
+def test_help_teaches_by_example(command) -> None:
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"token-swarm {' '.join(command)}" in result.stdout

@@ -120,6 +120,8 @@ def test_a_report_of_a_likelihood(tmp_path: Path) -> None:
     assert learned.against_best.difference.value == pytest.approx(
         learned.test.value - next(row for row in table.rows if row.name == table.best_expert).test.value
     )
+    verdict = "better than" if learned.against_best.p_value < 0.05 else "not distinguishable from"
+    assert f"That is {verdict} the best single expert on dev, {table.best_expert}" in text
     for fact in (given.data_hash, "laws-of-b", '"particles": 8'):
         assert fact in text.replace("&quot;", '"')
 

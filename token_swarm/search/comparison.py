@@ -40,7 +40,7 @@ class Row:
 class Table:
     """rows: the learned particle first. best_expert: the best single one on dev.
 
-    certificate: no mixture is better than the oracle by more than this on dev, in nats per byte. on_test: whether the
+    certificate: see `Optimum`, of the oracle on dev in nats per byte. on_test: whether the
     comparisons and `emergence` (see `statistics`; for accuracies) are of the test examples. gained: examples that no
     single expert gets right and the learned particle does, of `nobody` that none gets right.
     """

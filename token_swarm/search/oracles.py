@@ -23,7 +23,7 @@ _CHUNK = 4096  # positions whose laws are in float64 at a time: 4096 x 6 x 257 x
 
 @dataclass(frozen=True)
 class Optimum:
-    """weights: [experts]; utility: nats per position; certificate: no weights do better by more than this, in nats."""
+    """weights: [experts]; utility: nats per position; certificate: what better weights could still gain, in nats."""
 
     weights: Array
     utility: float
@@ -70,9 +70,9 @@ def lbfgs_log_linear(
 
     log_probs: [positions, experts, symbols], each a log-law, -inf where 0; targets: [positions]. L = mean(w·l(target)
     - logsumexp_s w·l(s)) has the gradient mean(l(target) - E_s l(s)) (an exponential family). Ends at a gradient of
-    `tolerance` or where L stands still in float64; the certificate is the Newton decrement, g·(-H)^-1·g / 2, which is
-    what a quadratic of that curvature still has to gain. Raises BadParameter when an expert excludes a symbol that was
-    there.
+    `tolerance` or where L stands still in float64; the certificate is an estimate: g·(-H)^-1·g / 2, half the squared
+    Newton decrement, which is what a quadratic of that curvature still has to gain. Raises BadParameter when an expert
+    excludes a symbol that was there.
     """
     positions, experts, _ = log_probs.shape
     here = np.arange(positions)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from token_swarm.files import replacing
-from token_swarm.particle import Mixture
+from token_swarm.particle import Mixture, Rule
 from token_swarm.search import plots
 from token_swarm.search.comparison import Row, Table
 from token_swarm.search.measure import Measure
 from token_swarm.search.run import CONFIG, HISTORY, Result, Task
 
 REPORT, COMPARISON = "report.html", "comparison.json"
+_ROUNDING = 1e-15
 
 
 def write_report(folder: Path, task: Task, result: Result, table: Table) -> Path:
@@ -101,15 +102,17 @@ def _summary(task: Task, result: Result, table: Table, measure: Measure) -> str:
     ]
     score = learned.test if table.on_test and learned.test is not None else learned.dev
     where = "test" if table.on_test else "dev"
-    sentences.append(f"{measure.label} on {where}: {measure.text(score.value)} ({measure.span(score)}).")
+    label = measure.label[0].upper() + measure.label[1:]
+    sentences.append(f"{label} on {where}: {measure.text(score.value)} ({measure.span(score)}).")
     against = learned.against_best
     if against is not None:
-        better = against.difference.value > 0
-        sure = "significant" if against.p_value < 0.05 else "not significant"
+        verdict = "better than" if against.difference.value > 0 else "worse than"
+        if against.p_value >= 0.05:
+            verdict = "not distinguishable from"
         sentences.append(
-            f"That is {'better' if better else 'not better'} than the best single expert, {table.best_expert}, by "
+            f"That is {verdict} the best single expert on dev, {table.best_expert}: "
             f"{measure.text(against.difference.value, signed=True)} "
-            f"({measure.span(against.difference, signed=True)}; p = {against.p_value:.2g}, {sure} at 5%)."
+            f"({measure.span(against.difference, signed=True)}), p = {against.p_value:.2g}."
         )
     if result.failures:
         sentences.append(f"{result.failures} particles failed and counted as the worst.")
@@ -136,7 +139,12 @@ def _score_table(table: Table, measure: Measure) -> str:
         f"the best single expert on dev. Wins and losses are counted in {where} examples."
     )
     if table.certificate is not None:
-        note += f" On dev no mixture is better than the oracle by more than {table.certificate:.1e} nats per byte."
+        # What is left is never known better than a float64 sum is.
+        left = f"{max(table.certificate, _ROUNDING):.1e} nats per byte"
+        if table.rows[0].mixture.rule is Rule.LINEAR:
+            note += f" On dev no mixture is better than the oracle by more than {left} (EM's certificate)."
+        else:
+            note += f" On dev the oracle has about {left} left to gain (half its Newton decrement squared)."
         note += " The oracle's evaluations are its iterations."
     rows = "\n".join(lines)
     header = "".join(f"<th>{escape(each)}</th>" for each in head)
