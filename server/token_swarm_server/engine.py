@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from token_swarm.decoding.decoder import Decoder, Finish
@@ -83,7 +84,9 @@ class Engine:
         """
         arrived = time.perf_counter()
         prompts = await self._encode(mixture, prompt, chat=chat)
-        unit = self.ensemble.unit(mixture, request, prompts)
+        # The first union of a set of vocabularies takes a second to map them: the other streams go on.
+        build = partial(self.ensemble.unit, mixture, request, prompts)
+        unit = await asyncio.to_thread(build) if request.unit is Unit.UNION else build()
         decoder = Decoder(unit, request, allocate=self._allocate, lanes_per_expert=self._lanes)
         first_byte: float | None = None
         async with self.admission.hold(mixture.active.keys(), self._lanes):

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from tests.laws.ensembles import VOCABULARIES, byte_unit, toys
 from token_swarm.decoding.decoder import Decoder, Finish
 from token_swarm.decoding.in_process import LocalEnsemble
-from token_swarm.decoding.request import DecodeRequest
+from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.kernels import native
 from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.native_unit import NativeByteUnit, byte_unit_type
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Rule
+from token_swarm.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the C++ kernels were not built here")
 
@@ -99,3 +100,15 @@ def test_max_tokens_ends_both_at_the_same_byte(limit: int) -> None:
     ours, python = (decode(local, mixture, request, kind, None) for kind in (NativeByteUnit, ByteUnit))
     assert ours.text == python.text
     assert_alike(ours.finish, python.finish)
+
+
+@pytest.mark.parametrize("kind", [NativeByteUnit, ByteUnit])
+def test_max_tokens_ends_a_text_that_one_group_cannot_write(kind: type[ByteUnit]) -> None:
+    """A group that has no tokens for the text takes part no more, neither in the law nor in the limit."""
+    without_c = Vocabulary((b"a", b"b", b"ab", None), eos_ids=(3,))
+    local = LocalEnsemble(toys([without_c, VOCABULARIES["bytes"]], sharpness=0.1))
+    mixture = Mixture({"e0": 0.5, "e1": 0.5}, Rule.LINEAR)
+    request = DecodeRequest(max_tokens=4, max_bytes=50)
+    forced = decode(local, mixture, request, kind, b"abcabcabc")
+    assert forced.finish.reason is FinishReason.MAX_TOKENS
+    assert forced.text == b"abca"

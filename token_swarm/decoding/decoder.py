@@ -16,7 +16,7 @@ from token_swarm.decoding.forwards import Calls, ContextFull, Forwards, Outcome
 from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.decoding.text import StopMatcher, Utf8Stream
 from token_swarm.mixing.sampling import Sampler
-from token_swarm.mixing.unit import MixingUnit, fewest_tokens
+from token_swarm.mixing.unit import MixingUnit
 
 _STRETCH = 64
 """Bytes that are chosen at most before stop strings are looked for again."""
@@ -191,7 +191,7 @@ class Decoder:
 
     def _tokens_reached(self) -> bool:
         limit = self._request.max_tokens
-        return limit is not None and fewest_tokens(self._unit) >= limit
+        return limit is not None and self._unit.fewest_tokens() >= limit
 
     def _show(self, showable: int) -> None:
         if showable > self._shown:

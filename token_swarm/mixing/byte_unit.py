@@ -184,6 +184,11 @@ class ByteUnit:
         """Tokens of the likeliest head beyond the prompt's; bytes that are pending are no token yet."""
         return max(0, self.states[group].history_length - self._prompt_lengths[group])
 
+    def fewest_tokens(self) -> int:
+        """Tokens of the group that needs fewest; one that is lost has no tokens for the text."""
+        counts = [self.own_tokens(index) for index, state in enumerate(self.states) if not state.lost]
+        return min(counts, default=0)
+
     @property
     def certificate(self) -> float:
         """Largest bound over the groups; the linear rule's mixed law is within it too."""

@@ -74,6 +74,10 @@ class TokenUnit:
         del group
         return len(self._tokens) - self._prompt_length
 
+    def fewest_tokens(self) -> int:
+        """Tokens appended to the prompt."""
+        return self.own_tokens(0)
+
     @property
     def retired(self) -> float:
         """0: nothing is given up."""

@@ -41,12 +41,11 @@ from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.trie import ROOT, ByteTrie
 from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
 
-DEFAULT_FLOOR = math.log(1e-6)
+DEFAULT_FLOOR = math.log(1e-10)
 """Log-probability (nats) of a token that an expert does not have, under the log-linear rule.
 
-Such tokens are many: with the two demo experts at weights 0.5 each, tokens that neither holds above the floor have a
-quarter of the union law's mass (0.3% at log(1e-8), nothing at log(1e-10)). The most probable token is never among
-them; drawing from the law takes min-p, top-k, or a lower floor.
+Such tokens are many, so the floor has to be low: with the two demo experts at weights 0.5 each, tokens that neither
+holds above it have a quarter of the union law's mass at log(1e-6), 0.3% at log(1e-8), and nothing at log(1e-10).
 """
 
 
@@ -200,6 +199,10 @@ class UnionUnit:
         """
         reader = self._readers[group]
         return len(reader.tokens) - reader.prompt + reader.unread
+
+    def fewest_tokens(self) -> int:
+        """Tokens of the expert that needs fewest."""
+        return min(self.own_tokens(group) for group in range(len(self.groups)))
 
     def respelled(self, group: int) -> int:
         """Union tokens of the text that an expert does not have and was given in pieces."""

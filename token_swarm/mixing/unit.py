@@ -77,6 +77,10 @@ class MixingUnit(Protocol):
         """Number of a group's own tokens in the text so far that are complete, without the prompt's."""
         ...
 
+    def fewest_tokens(self) -> int:
+        """`own_tokens` of the group that needs fewest, among those that still take part."""
+        ...
+
     @property
     def retired(self) -> float:
         """Probability that the text's own tokenization was given up on the way here."""
@@ -125,12 +129,7 @@ def walk_by_symbol(unit: SymbolUnit, sampler: Sampler, *, max_bytes: int, max_to
             walk.ended = True
             break
         data += unit.advance(symbol)
-        if max_tokens is not None and fewest_tokens(unit) >= max_tokens:
+        if max_tokens is not None and unit.fewest_tokens() >= max_tokens:
             break
     walk.data, walk.shares = bytes(data), shares
     return walk
-
-
-def fewest_tokens(unit: MixingUnit) -> int:
-    """Own tokens of the group that needs fewest for the text so far."""
-    return min(unit.own_tokens(group) for group in range(len(unit.groups)))

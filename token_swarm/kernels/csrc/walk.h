@@ -429,8 +429,9 @@ struct Sequence {
             chosen = -1;
             if (io.max_tokens > 0) {
                 int64_t fewest = std::numeric_limits<int64_t>::max();
-                for (auto& group : groups) fewest = std::min(fewest, group.own_tokens());
-                if (fewest >= io.max_tokens) {
+                for (auto& group : groups)
+                    if (!group.lost) fewest = std::min(fewest, group.own_tokens());
+                if (fewest >= io.max_tokens && fewest < std::numeric_limits<int64_t>::max()) {
                     io.status = LIMIT;
                     return;
                 }
