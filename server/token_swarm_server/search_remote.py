@@ -10,14 +10,18 @@ import grpc
 
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadParameter
+from token_swarm.mixing.defaults import DEFAULT_WINDOW
 from token_swarm.particle import Mixture
 from token_swarm.search.score_cache import ExpertKey
 from token_swarm.search.utility import UtilityUnavailable
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.config import PUBLIC_MESSAGE_BYTES
+from token_swarm_server.public_wire import UNITS, mixture_to_proto
 
 _ATTEMPTS = 6
 """At a server that is busy or restarts an expert, half a second apart at first and doubling: 16 s in all."""
+_TIMEOUT = 600.0
+"""Seconds for one text: a server that hangs must not hold the search for ever."""
 _LATER = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 _MIXTURES_FAULT = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND)
 
@@ -61,7 +65,7 @@ class RemoteEnsemble:
         message = request_to_proto(prompt, mixture, request, chat)
         for attempt in range(_ATTEMPTS):
             try:
-                responses = self._stub.Generate(message)
+                responses = self._stub.Generate(message, timeout=_TIMEOUT)
                 return "".join(each.chunk.text for each in responses if each.WhichOneof("event") == "chunk")
             except grpc.RpcError as error:
                 code, details = error.code(), error.details()
@@ -76,20 +80,16 @@ class RemoteEnsemble:
 def request_to_proto(prompt: str, mixture: Mixture, request: DecodeRequest, chat: bool) -> swarm_pb2.GenerateRequest:
     """The request that makes a server write what `LocalEnsemble.generate` would.
 
-    Raises BadParameter for a temperature of an expert, which a request cannot carry.
+    Raises BadParameter for a window, which a request cannot carry.
     """
-    for name, temperature in mixture.temperatures.items():
-        if temperature != 1:
-            raise BadParameter(f"temperatures[{name}]", temperature, "1: a request to a server has no such field")
+    if request.window != DEFAULT_WINDOW:
+        raise BadParameter("window", request.window, f"{DEFAULT_WINDOW}: a server keeps to its own")
     shaping = request.shaping
     return swarm_pb2.GenerateRequest(
         prompt=prompt,
         chat=chat,
-        mixture=swarm_pb2.Mixture(
-            rule=swarm_pb2.Rule.Value(f"RULE_{mixture.rule.name}"),
-            weights=[swarm_pb2.ExpertWeight(expert=name, weight=w) for name, w in mixture.weights.items()],
-        ),
-        unit=swarm_pb2.Unit.Value(f"UNIT_{request.unit.name}"),
+        mixture=mixture_to_proto(mixture),
+        unit=UNITS[request.unit],
         sampling=swarm_pb2.Sampling(
             temperature=shaping.temperature,
             top_k=shaping.top_k or None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -33,7 +34,7 @@ def count_a(prompt: str, text: str) -> float:
 
 @pytest.mark.parametrize("rule", list(Rule))
 async def test_a_server_writes_what_one_process_would(tmp_path: Path, rule: Rule) -> None:
-    mixture = Mixture({"e0": 0.3, "e1": 0.7}, rule)
+    mixture = Mixture({"e0": 0.3, "e1": 0.7}, rule, temperatures={"e1": 1.5})
     local = LocalEnsemble(toys([NESTED, LONG], max_context=200))
     async with coordinator(tmp_path) as running:
         with RemoteEnsemble(running.address) as remote:
@@ -87,20 +88,20 @@ async def test_a_busy_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.
                 def details(self):
                     return "the queue is full"
 
-            def first_busy(message):
+            def first_busy(message, timeout):
                 calls.append(message)
                 if len(calls) < 3:
                     raise Busy
-                return real(message)
+                return real(message, timeout=timeout)
 
             monkeypatch.setattr(remote._stub, "Generate", first_busy)
             assert await asyncio.to_thread(remote.generate, "cab", Mixture({"e0": 1.0}), REQUEST, False)
     assert len(calls) == 3
 
 
-def test_a_request_cannot_carry_an_experts_temperature() -> None:
-    with pytest.raises(BadParameter, match=r"temperatures\[e0\]"):
-        request_to_proto("x", Mixture({"e0": 1.0}, temperatures={"e0": 2.0}), REQUEST, False)
+def test_a_request_cannot_carry_a_window() -> None:
+    with pytest.raises(BadParameter, match="window"):
+        request_to_proto("x", Mixture({"e0": 1.0}), replace(REQUEST, window=3), False)
 
 
 def test_a_server_cannot_read_data(tmp_path: Path) -> None:
