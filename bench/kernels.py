@@ -41,6 +41,11 @@ class Row:
         """How many times faster than torch eager."""
         return self.eager_us / self.ours_us
 
+    @property
+    def share(self) -> float | None:
+        """Of the read bandwidth that was measured: 1 is as fast as reading the logits once."""
+        return None if self.floor_us is None else self.floor_us / self.ours_us
+
 
 def interleaved(calls: Iterable[Callable[[], object]], seconds: float, synchronise: Callable[[], None]) -> list[float]:
     """Median microseconds of each call, taken in turns until `seconds` are over (at least 5 turns)."""
@@ -182,18 +187,19 @@ def main() -> None:
                     "kernels": dispatch.describe(),
                     "torch": torch.__version__,
                     "read_gb_s": {"2 MB": cached / 1e9, "256 MB": memory / 1e9},
-                    "rows": [{**asdict(row), "speedup": row.speedup} for row in rows],
+                    "rows": [{**asdict(row), "speedup": row.speedup, "share": row.share} for row in rows],
                 }
             )
         )
         return
     title = f"{dispatch.describe()}; reads {cached / 1e9:.1f} GB/s from cache (2 MB), {memory / 1e9:.1f} from memory"
-    table = Table("kernel", "case", "eager us", "ours us", "speed-up", "floor us", "rate", title=title)
+    table = Table("kernel", "case", "eager us", "ours us", "speed-up", "floor us", "of bandwidth", "rate", title=title)
     for row in rows:
         floor = "" if row.floor_us is None else f"{row.floor_us:,.0f}"
+        share = "" if row.share is None else f"{row.share:.0%}"
         rate = "" if row.rate is None else f"{row.rate:.2f} {row.rate_unit}"
         table.add_row(
-            row.kernel, row.case, f"{row.eager_us:,.0f}", f"{row.ours_us:,.0f}", f"{row.speedup:.1f}", floor, rate
+            row.kernel, row.case, f"{row.eager_us:,.0f}", f"{row.ours_us:,.0f}", f"{row.speedup:.1f}", floor, share, rate
         )
     Console(width=150).print(table)
 
