@@ -130,7 +130,8 @@ def scoring_rows(device: torch.device, seconds: float, synchronise: Callable[[],
     particles = 20
     for experts in (2, 6):
         random = torch.Generator().manual_seed(experts)
-        weights = torch.rand(particles, experts, generator=random, dtype=torch.float64).to(device)
+        weights = torch.rand(particles, experts, generator=random, dtype=torch.float64)
+        weights = (weights / weights.sum(1, keepdim=True)).to(device)
         positions = 100_000
         masses = torch.rand(experts, positions, generator=random).to(device)
         offsets = torch.arange(0, positions + 1, 500).to(device)

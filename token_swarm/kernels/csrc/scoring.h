@@ -72,9 +72,14 @@ TS_INLINE double log_product(const Relative& own, int64_t experts, int64_t full,
 
 template <int AT_ONCE>
 TS_INLINE double log_product_any(const Relative& own, int64_t experts, int64_t full, float& lowest) {
-    if (experts == 2) return log_product<2, AT_ONCE>(own, experts, full, lowest);
-    if (experts == 3) return log_product<3, AT_ONCE>(own, experts, full, lowest);
-    return log_product<0, AT_ONCE>(own, experts, full, lowest);
+    switch (experts) {
+        case 2: return log_product<2, AT_ONCE>(own, experts, full, lowest);
+        case 3: return log_product<3, AT_ONCE>(own, experts, full, lowest);
+        case 4: return log_product<4, AT_ONCE>(own, experts, full, lowest);
+        case 5: return log_product<5, AT_ONCE>(own, experts, full, lowest);
+        case 6: return log_product<6, AT_ONCE>(own, experts, full, lowest);
+        default: return log_product<0, AT_ONCE>(own, experts, full, lowest);
+    }
 }
 
 // masses: float [experts, positions] with row stride `stride`; weights: double [particles, experts]; offsets: int64
@@ -194,14 +199,17 @@ TS_INLINE Total sum_of_powers(const Joint& joint, int64_t symbols, float offset)
     return {best, all};
 }
 
-// The same for weights that are not negative: exponents are at most 0, so nothing overflows, and whatever is below
-// 2^-126 may count as that. A sum that comes out tiny has to be done again.
+// The same for weights that are not negative, relative to a first guess at the largest exponent: nothing overflows while
+// the guess is not too far below 0, which no exponent exceeds, and whatever is below 2^-126 may count as that.
 template <int EXPERTS>
-TS_INLINE double sum_of_small_powers(const Joint& joint, int64_t symbols) {
+TS_INLINE double sum_of_small_powers(const Joint& joint, int64_t symbols, float guess) {
     Floats even = splat(0.0f), odd = splat(0.0f);
     auto power = [&](int64_t i) __attribute__((always_inline)) {
         const Floats magic = splat(12582912.0f);
-        Floats x = larger(joint_exponent<EXPERTS>(joint, i), splat(-126.0f));
+        Floats x = splat(joint.weight[0]) * load(joint.law[0] + i) - splat(guess);
+        for (int k = 1; k < (EXPERTS ? EXPERTS : joint.count); k++)
+            x += splat(joint.weight[k]) * load(joint.law[k] + i);
+        x = larger(x, splat(-126.0f));
         Floats shifted = x + magic;
         return as_floats(as_ints(exp2_fraction(x - (shifted - magic))) + (as_ints(shifted) << 23));
     };
@@ -212,30 +220,32 @@ TS_INLINE double sum_of_small_powers(const Joint& joint, int64_t symbols) {
     }
     for (; i + LANES <= symbols; i += LANES) even += power(i);
     double all = total(even + odd);
-    for (; i < symbols; i++) all += std::exp2(joint_exponent_one(joint, i));
+    for (; i < symbols; i++) all += std::exp2(joint_exponent_one(joint, i) - guess);
     return all;
 }
 
 template <int EXPERTS>
-TS_INLINE double log2_normaliser(const Joint& joint, int64_t symbols, bool negative) {
-    if (!negative) {
-        const double sum = sum_of_small_powers<EXPERTS>(joint, symbols);
-        if (sum > 1e-6) return std::log2(sum);
+TS_INLINE double log2_normaliser(const Joint& joint, int64_t symbols, bool negative, float guess) {
+    if (!negative && guess > -HEADROOM)
+        return double(guess) + std::log2(sum_of_small_powers<EXPERTS>(joint, symbols, guess));
+    Total all = sum_of_powers<EXPERTS>(joint, symbols, guess);
+    if (all.top - guess > HEADROOM) {
+        guess = all.top;
+        all = sum_of_powers<EXPERTS>(joint, symbols, guess);
     }
-    Total all = sum_of_powers<EXPERTS>(joint, symbols, 0);
-    float offset = 0;
-    if (all.top > HEADROOM || all.top < -FLOORROOM) {
-        offset = all.top;
-        all = sum_of_powers<EXPERTS>(joint, symbols, offset);
-    }
-    return double(offset) + std::log2(all.sum);
+    return double(guess) + std::log2(all.sum);
 }
 
-TS_INLINE double log2_normaliser_any(const Joint& joint, int64_t symbols, bool negative) {
-    if (joint.count == 1) return log2_normaliser<1>(joint, symbols, negative);
-    if (joint.count == 2) return log2_normaliser<2>(joint, symbols, negative);
-    if (joint.count == 3) return log2_normaliser<3>(joint, symbols, negative);
-    return log2_normaliser<0>(joint, symbols, negative);
+TS_INLINE double log2_normaliser_any(const Joint& joint, int64_t symbols, bool negative, float guess) {
+    switch (joint.count) {
+        case 1: return log2_normaliser<1>(joint, symbols, negative, guess);
+        case 2: return log2_normaliser<2>(joint, symbols, negative, guess);
+        case 3: return log2_normaliser<3>(joint, symbols, negative, guess);
+        case 4: return log2_normaliser<4>(joint, symbols, negative, guess);
+        case 5: return log2_normaliser<5>(joint, symbols, negative, guess);
+        case 6: return log2_normaliser<6>(joint, symbols, negative, guess);
+        default: return log2_normaliser<0>(joint, symbols, negative, guess);
+    }
 }
 
 // Log2 of the normaliser where some symbols are excluded, symbol by symbol.
@@ -262,18 +272,27 @@ inline double log2_normaliser_slow(const Joint& joint, int64_t symbols) {
 inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles, int64_t items, const float* log_probs,
                              const int64_t* targets, const double* weights, const int64_t* offsets, double* out) {
     std::vector<uint8_t> whole(experts);
+    std::vector<int64_t> likeliest(experts);  // symbol of each expert
     for (int64_t item = 0; item < items; item++) {
         for (int64_t p = 0; p < particles; p++) out[p * items + item] = 0;
         for (int64_t n = offsets[item]; n < offsets[item + 1]; n++) {
             const float* laws = log_probs + n * experts * symbols;
             for (int64_t e = 0; e < experts; e++) {
                 const float* law = laws + e * symbols;
-                Floats least = splat(0.0f);
+                Floats least = splat(0.0f), most = splat(-INF);
                 int64_t i = 0;
-                for (; i + LANES <= symbols; i += LANES) least = load(law + i) < least ? load(law + i) : least;
-                float bottom = -largest(-least);
-                for (; i < symbols; i++) bottom = law[i] < bottom ? law[i] : bottom;
+                for (; i + LANES <= symbols; i += LANES) {
+                    least = load(law + i) < least ? load(law + i) : least;
+                    most = larger(load(law + i), most);
+                }
+                float bottom = -largest(-least), top = largest(most);
+                for (; i < symbols; i++) {
+                    bottom = law[i] < bottom ? law[i] : bottom;
+                    top = law[i] > top ? law[i] : top;
+                }
                 whole[e] = bottom > -INF;
+                likeliest[e] = 0;
+                while (law[likeliest[e]] != top && likeliest[e] + 1 < symbols) likeliest[e]++;
             }
             for (int64_t p = 0; p < particles; p++) {
                 const double* own = weights + p * experts;
@@ -297,8 +316,14 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                     sum = excluded ? -INF_D : sum - std::log(double(symbols));
                     continue;
                 }
-                const double normaliser =
-                    plain ? log2_normaliser_any(joint, symbols, negative) : log2_normaliser_slow(joint, symbols);
+                // The joint law is largest at or near what some expert likes best.
+                float guess = -INF;
+                for (int64_t e = 0; e < experts && plain; e++) {
+                    const float x = joint_exponent_one(joint, likeliest[e]);
+                    guess = x > guess ? x : guess;
+                }
+                const double normaliser = plain && guess > -INF ? log2_normaliser_any(joint, symbols, negative, guess)
+                                                                : log2_normaliser_slow(joint, symbols);
                 sum += at_target - normaliser * M_LN2;
             }
         }
