@@ -52,7 +52,7 @@ inline void exp2_all(double* x, int n) {
         p = p * r + 0.5;
         p = p * r + 1.0;
         p = p * r + 1.0;
-        int64_t bits, whole;
+        uint64_t bits, whole;
         std::memcpy(&bits, &p, 8);
         std::memcpy(&whole, &shifted, 8);
         bits += whole << 52;

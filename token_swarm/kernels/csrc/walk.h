@@ -42,7 +42,7 @@ enum Status : int32_t { NEEDS_FORWARD, ENDED, NOTHING_FOLLOWS, LIMIT, NEEDS_UNSH
 struct WalkView {
     const double* uniforms;  // one for every symbol; null for greedy
     int64_t uniform_count;
-    const uint8_t* script;  // bytes to follow instead of choosing; null to choose
+    const uint8_t* script;  // bytes to follow instead of choosing, the next one to choose first; null to choose
     int64_t max_bytes;
     int64_t max_tokens;  // of the group that needs fewest; 0 for no limit
     uint8_t* bytes;      // [max_bytes]
@@ -443,7 +443,7 @@ private:
     // Index of the chosen symbol, -1 when the law is all zeros.
     static int choose(const double* law, const WalkView& io) {
         if (std::all_of(law, law + SYMBOL_COUNT, [](double x) { return x == 0; })) return -1;
-        if (io.script) return io.script[io.count];
+        if (io.script) return io.script[io.symbols];
         if (!io.uniforms) return int(std::max_element(law, law + SYMBOL_COUNT) - law);
         double cumulative[SYMBOL_COUNT], sum = 0;
         for (int s = 0; s < SYMBOL_COUNT; s++) cumulative[s] = sum += law[s];
