@@ -38,7 +38,7 @@ def largest_difference(found, expected):
     return float((found - expected).abs().max())
 
 
-@pytest.mark.parametrize(("prompt", "length"), zip(PROMPTS, (200, 60), strict=True))
+@pytest.mark.parametrize(("prompt", "length"), list(zip(PROMPTS, (200, 60), strict=True)))
 def test_greedy_text_equals_generate(real_expert, name, prompt, length):
     expert = real_expert(name)
     tokens = expert.encode(prompt).tokens
