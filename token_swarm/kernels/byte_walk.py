@@ -171,6 +171,10 @@ class ByteWalk:
         )
         self.experts = sum(len(group.exponents) for group in groups)
         self.handle = self._library.ts_sequence_new(len(groups), specs, log_linear)
+        self._view = _WalkView()
+        self._shares = np.zeros(self.experts)
+        self._view.shares = self._shares.ctypes.data
+        self._room = 0
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
@@ -249,6 +253,34 @@ class ByteWalk:
             [self], uniforms=[uniforms], scripts=[script], max_bytes=[max_bytes], max_tokens=[max_tokens]
         )[0]
 
+    def _prepare(
+        self, uniforms: npt.NDArray[np.float64] | None, script: bytes | None, max_bytes: int, max_tokens: int
+    ) -> None:
+        view = self._view
+        if max_bytes > self._room:
+            # Kept from walk to walk: a walk is a few bytes long, and making arrays would cost more than it does.
+            self._room = max_bytes
+            self._data = (ctypes.c_char * max_bytes)()
+            self._log_probs = (_F64 * (max_bytes + 1))()
+            view.bytes, view.log_probs = ctypes.addressof(self._data), ctypes.addressof(self._log_probs)
+        if uniforms is None:
+            view.uniforms = None
+        else:
+            view.uniforms, view.uniform_count = uniforms.ctypes.data, uniforms.size
+        view.script, view.max_bytes, view.max_tokens = script, max_bytes, max_tokens
+        self._shares[:] = 0
+
+    def _stretch(self) -> Stretch:
+        view = self._view
+        return Stretch(
+            self._data.raw[: view.count],
+            self._log_probs[: view.symbols],
+            self._shares.copy(),
+            view.certificate,
+            Status(view.status),
+            view.symbol,
+        )
+
 
 def walk_together(
     walks: Sequence[ByteWalk],
@@ -263,28 +295,9 @@ def walk_together(
     Per text: uniforms, one a symbol, None for greedy; a script of at least max_bytes bytes to follow instead, or None;
     max_bytes: of this walk; max_tokens: of the group that needs fewest, counted from the prompt, 0 for no limit.
     """
-    buffers = [
-        (np.empty(most, dtype=np.uint8), np.empty(most + 1), np.zeros(walk.experts))
-        for walk, most in zip(walks, max_bytes, strict=True)
-    ]
-    views = (_WalkView * len(walks))()
-    for view, own, script, most, tokens, (data, log_probs, shares) in zip(
-        views, uniforms, scripts, max_bytes, max_tokens, buffers, strict=True
-    ):
-        if own is not None:
-            view.uniforms, view.uniform_count = own.ctypes.data, own.size
-        view.script, view.max_bytes, view.max_tokens = script, most, tokens
-        view.bytes, view.log_probs, view.shares = data.ctypes.data, log_probs.ctypes.data, shares.ctypes.data
-    handles = (_PTR * len(walks))(*(walk.handle for walk in walks))
+    for walk, own, script, most, tokens in zip(walks, uniforms, scripts, max_bytes, max_tokens, strict=True):
+        walk._prepare(own, script, most, tokens)
+    handles = (_PTR * len(walks))(*[walk.handle for walk in walks])
+    views = (_PTR * len(walks))(*[ctypes.addressof(walk._view) for walk in walks])
     _library().ts_walk(len(walks), handles, views)
-    return [
-        Stretch(
-            data[: view.count].tobytes(),
-            log_probs[: view.symbols].tolist(),
-            shares,
-            view.certificate,
-            Status(view.status),
-            view.symbol,
-        )
-        for view, (data, log_probs, shares) in zip(views, buffers, strict=True)
-    ]
+    return [walk._stretch() for walk in walks]

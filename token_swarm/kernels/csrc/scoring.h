@@ -89,7 +89,7 @@ inline void score_linear(int64_t experts, int64_t particles, int64_t items, cons
     // Scaled by the largest mass of the position, mixtures stay near 1 and many may be multiplied before the exponent is
     // taken out; the scales are the same for every particle and are added as logarithms.
     alignas(32) float scaled[MAX_EXPERTS][CHUNK];
-    alignas(32) float top[CHUNK];
+    alignas(32) float top[CHUNK], inverse[CHUNK];
     for (int64_t item = 0; item < items; item++) {
         for (int64_t p = 0; p < particles; p++) out[p * items + item] = 0;
         for (int64_t low = offsets[item]; low < offsets[item + 1]; low += CHUNK) {
@@ -105,7 +105,10 @@ inline void score_linear(int64_t experts, int64_t particles, int64_t items, cons
                 for (int64_t p = 0; p < particles; p++) out[p * items + item] = -INF_D;
                 continue;
             }
+            // A denormal has no reciprocal: counted as the least normal number, what is left of the mass stays exact.
+            for (int64_t i = 0; i < n; i++) top[i] = top[i] < 1.17549435e-38f ? 1.17549435e-38f : top[i];
             for (int64_t i = n; i < full; i++) top[i] = 1.0f;
+            for (int64_t i = 0; i < full; i++) inverse[i] = 1.0f / top[i];
             Product scales = {splat(1.0f), splat(int32_t(0))};
             for (int64_t i = 0; i < full; i += LANES) {
                 Product one = {load(top + i), splat(int32_t(0))};
@@ -117,7 +120,7 @@ inline void score_linear(int64_t experts, int64_t particles, int64_t items, cons
             const double log_scales = logarithm(scales);
             for (int64_t e = 0; e < experts; e++) {
                 const float* from = masses + e * stride + low;
-                for (int64_t i = 0; i < n; i++) scaled[e][i] = from[i] / top[i];
+                for (int64_t i = 0; i < n; i++) scaled[e][i] = from[i] * inverse[i];
                 for (int64_t i = n; i < full; i++) scaled[e][i] = 1.0f;
             }
             for (int64_t p = 0; p < particles; p++) {

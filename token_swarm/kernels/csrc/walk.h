@@ -529,6 +529,6 @@ TS_API void ts_group_view(void* sequence, int64_t group, GroupView* out) {
 }
 
 // Walks every sequence until it needs a forward, ends, or reaches a limit.
-TS_API void ts_walk(int64_t count, void* const* sequences, WalkView* views) {
-    for (int64_t i = 0; i < count; i++) static_cast<Sequence*>(sequences[i])->walk(views[i]);
+TS_API void ts_walk(int64_t count, void* const* sequences, WalkView* const* views) {
+    for (int64_t i = 0; i < count; i++) static_cast<Sequence*>(sequences[i])->walk(*views[i]);
 }
