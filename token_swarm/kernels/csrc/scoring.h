@@ -227,27 +227,27 @@ TS_INLINE double sum_of_small_powers(const Joint& joint, int64_t symbols, float 
     return all;
 }
 
+// The sum of all powers relative to `guess`, which is raised where that would overflow.
 template <int EXPERTS>
-TS_INLINE double log2_normaliser(const Joint& joint, int64_t symbols, bool negative, float guess) {
-    if (!negative && guess > -HEADROOM)
-        return double(guess) + std::log2(sum_of_small_powers<EXPERTS>(joint, symbols, guess));
+TS_INLINE double powers(const Joint& joint, int64_t symbols, bool negative, float& guess) {
+    if (!negative && guess > -HEADROOM) return sum_of_small_powers<EXPERTS>(joint, symbols, guess);
     Total all = sum_of_powers<EXPERTS>(joint, symbols, guess);
     if (all.top - guess > HEADROOM) {
         guess = all.top;
         all = sum_of_powers<EXPERTS>(joint, symbols, guess);
     }
-    return double(guess) + std::log2(all.sum);
+    return all.sum;
 }
 
-TS_INLINE double log2_normaliser_any(const Joint& joint, int64_t symbols, bool negative, float guess) {
+TS_INLINE double powers_any(const Joint& joint, int64_t symbols, bool negative, float& guess) {
     switch (joint.count) {
-        case 1: return log2_normaliser<1>(joint, symbols, negative, guess);
-        case 2: return log2_normaliser<2>(joint, symbols, negative, guess);
-        case 3: return log2_normaliser<3>(joint, symbols, negative, guess);
-        case 4: return log2_normaliser<4>(joint, symbols, negative, guess);
-        case 5: return log2_normaliser<5>(joint, symbols, negative, guess);
-        case 6: return log2_normaliser<6>(joint, symbols, negative, guess);
-        default: return log2_normaliser<0>(joint, symbols, negative, guess);
+        case 1: return powers<1>(joint, symbols, negative, guess);
+        case 2: return powers<2>(joint, symbols, negative, guess);
+        case 3: return powers<3>(joint, symbols, negative, guess);
+        case 4: return powers<4>(joint, symbols, negative, guess);
+        case 5: return powers<5>(joint, symbols, negative, guess);
+        case 6: return powers<6>(joint, symbols, negative, guess);
+        default: return powers<0>(joint, symbols, negative, guess);
     }
 }
 
@@ -270,16 +270,45 @@ inline double log2_normaliser_slow(const Joint& joint, int64_t symbols) {
     return top + std::log2(sum);
 }
 
+// What does not change from position to position of one particle.
+struct Powers {
+    int experts[MAX_EXPERTS];  // those that are asked
+    double weight[MAX_EXPERTS];
+    Joint joint;
+    bool negative;
+    // The normalisers so far: their exponents added up, and the sums multiplied, so that few logarithms are taken.
+    double exponents, product, logs;
+};
+
 // log_probs: float [positions, experts, symbols]; targets: int64 [positions]; weights: double [particles, experts];
 // offsets: int64 [items + 1]; out: double [particles, items]. As reference.score_log_linear.
 inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles, int64_t items, const float* log_probs,
                              const int64_t* targets, const double* weights, const int64_t* offsets, double* out) {
     std::vector<uint8_t> whole(experts);
     std::vector<int64_t> likeliest(experts);  // symbol of each expert
+    std::vector<Powers> all(particles);
+    for (int64_t p = 0; p < particles; p++) {
+        Powers& own = all[p];
+        own.joint.count = 0;
+        own.negative = false;
+        for (int64_t e = 0; e < experts; e++) {
+            const double w = weights[p * experts + e];
+            if (w == 0) continue;
+            own.experts[own.joint.count] = int(e);
+            own.weight[own.joint.count] = w;
+            own.joint.weight[own.joint.count++] = float(w * 1.4426950408889634);
+            own.negative |= w < 0;
+        }
+    }
     for (int64_t item = 0; item < items; item++) {
-        for (int64_t p = 0; p < particles; p++) out[p * items + item] = 0;
+        for (int64_t p = 0; p < particles; p++) {
+            out[p * items + item] = 0;
+            all[p].exponents = all[p].logs = 0;
+            all[p].product = 1;
+        }
         for (int64_t n = offsets[item]; n < offsets[item + 1]; n++) {
             const float* laws = log_probs + n * experts * symbols;
+            bool complete = true;
             for (int64_t e = 0; e < experts; e++) {
                 const float* law = laws + e * symbols;
                 Floats least = splat(0.0f), most = splat(-INF);
@@ -294,27 +323,24 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                     top = law[i] > top ? law[i] : top;
                 }
                 whole[e] = bottom > -INF;
+                complete &= whole[e] != 0;
                 likeliest[e] = 0;
                 while (law[likeliest[e]] != top && likeliest[e] + 1 < symbols) likeliest[e]++;
             }
             for (int64_t p = 0; p < particles; p++) {
-                const double* own = weights + p * experts;
-                Joint joint;
-                joint.count = 0;
-                // Excluded symbols come out as 2^-inf = 0 by themselves, unless a negative weight turns them about.
-                bool plain = true, excluded = false, negative = false;
-                double at_target = 0;
-                for (int64_t e = 0; e < experts; e++) {
-                    if (own[e] == 0) continue;
-                    const float* law = laws + e * symbols;
-                    joint.law[joint.count] = law;
-                    joint.weight[joint.count++] = float(own[e] * 1.4426950408889634);
-                    plain &= whole[e] || own[e] > 0;
-                    negative |= own[e] < 0;
-                    excluded |= law[targets[n]] == -INF;
-                    at_target += own[e] * double(law[targets[n]]);
-                }
+                Powers& own = all[p];
+                Joint& joint = own.joint;
                 double& sum = out[p * items + item];
+                double at_target = 0;
+                // Excluded symbols come out as 2^-inf = 0 by themselves, unless a negative weight turns them about.
+                const bool plain = complete || !own.negative;
+                for (int k = 0; k < joint.count; k++) {
+                    joint.law[k] = laws + own.experts[k] * symbols;
+                    at_target += own.weight[k] * double(joint.law[k][targets[n]]);
+                }
+                bool excluded = false;
+                if (!complete)
+                    for (int k = 0; k < joint.count; k++) excluded |= joint.law[k][targets[n]] == -INF;
                 if (excluded || joint.count == 0) {
                     sum = excluded ? -INF_D : sum - std::log(double(symbols));
                     continue;
@@ -325,10 +351,20 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                     const float x = joint_exponent_one(joint, likeliest[e]);
                     guess = x > guess ? x : guess;
                 }
-                const double normaliser = plain && guess > -INF ? log2_normaliser_any(joint, symbols, negative, guess)
-                                                                : log2_normaliser_slow(joint, symbols);
-                sum += at_target - normaliser * M_LN2;
+                sum += at_target;
+                if (!(plain && guess > -INF)) {
+                    own.exponents += log2_normaliser_slow(joint, symbols);
+                    continue;
+                }
+                own.product *= powers_any(joint, symbols, own.negative, guess);
+                own.exponents += double(guess);
+                if (own.product > 1e200 || own.product < 1e-200) {
+                    own.logs += std::log2(own.product);
+                    own.product = 1;
+                }
             }
         }
+        for (int64_t p = 0; p < particles; p++)
+            out[p * items + item] -= (all[p].exponents + all[p].logs + std::log2(all[p].product)) * M_LN2;
     }
 }
