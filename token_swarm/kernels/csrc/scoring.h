@@ -170,16 +170,25 @@ struct Total {
     double sum;
 };
 
+// What an expert adds to a symbol's exponent; a symbol that it excludes stays out whatever the sign of the weight.
+TS_INLINE Floats term(const Joint& joint, int k, int64_t i) {
+    Floats law = load(joint.law[k] + i);
+    return law == splat(-INF) ? law : splat(joint.weight[k]) * law;
+}
+
 template <int EXPERTS>
 TS_INLINE Floats joint_exponent(const Joint& joint, int64_t i) {
-    Floats x = splat(joint.weight[0]) * load(joint.law[0] + i);
-    for (int k = 1; k < (EXPERTS ? EXPERTS : joint.count); k++) x += splat(joint.weight[k]) * load(joint.law[k] + i);
+    Floats x = term(joint, 0, i);
+    for (int k = 1; k < (EXPERTS ? EXPERTS : joint.count); k++) x += term(joint, k, i);
     return x;
 }
 
 TS_INLINE float joint_exponent_one(const Joint& joint, int64_t i) {
     float x = 0;
-    for (int k = 0; k < joint.count; k++) x += joint.weight[k] * joint.law[k][i];
+    for (int k = 0; k < joint.count; k++) {
+        if (joint.law[k][i] == -INF) return -INF;
+        x += joint.weight[k] * joint.law[k][i];
+    }
     return x;
 }
 
@@ -251,25 +260,6 @@ TS_INLINE double powers_any(const Joint& joint, int64_t symbols, bool negative, 
     }
 }
 
-// Log2 of the normaliser where some symbols are excluded, symbol by symbol.
-inline double log2_normaliser_slow(const Joint& joint, int64_t symbols) {
-    double top = -INF_D, sum = 0;
-    for (int64_t i = 0; i < symbols; i++) {
-        double x = 0;
-        for (int k = 0; k < joint.count; k++)
-            x = joint.law[k][i] == -INF ? -INF_D : x + double(joint.weight[k]) * double(joint.law[k][i]);
-        for (int k = 0; k < joint.count; k++)
-            if (joint.law[k][i] == -INF) x = -INF_D;
-        if (x == -INF_D) continue;
-        if (x > top) {
-            sum *= std::exp2(top - x);
-            top = x;
-        }
-        sum += std::exp2(x - top);
-    }
-    return top + std::log2(sum);
-}
-
 // What does not change from position to position of one particle.
 struct Powers {
     int experts[MAX_EXPERTS];  // those that are asked
@@ -284,7 +274,6 @@ struct Powers {
 // offsets: int64 [items + 1]; out: double [particles, items]. As reference.score_log_linear.
 inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles, int64_t items, const float* log_probs,
                              const int64_t* targets, const double* weights, const int64_t* offsets, double* out) {
-    std::vector<uint8_t> whole(experts);
     std::vector<int64_t> likeliest(experts);  // symbol of each expert
     std::vector<Powers> all(particles);
     for (int64_t p = 0; p < particles; p++) {
@@ -308,22 +297,13 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
         }
         for (int64_t n = offsets[item]; n < offsets[item + 1]; n++) {
             const float* laws = log_probs + n * experts * symbols;
-            bool complete = true;
             for (int64_t e = 0; e < experts; e++) {
                 const float* law = laws + e * symbols;
-                Floats least = splat(0.0f), most = splat(-INF);
+                Floats most = splat(-INF);
                 int64_t i = 0;
-                for (; i + LANES <= symbols; i += LANES) {
-                    least = load(law + i) < least ? load(law + i) : least;
-                    most = larger(load(law + i), most);
-                }
-                float bottom = -largest(-least), top = largest(most);
-                for (; i < symbols; i++) {
-                    bottom = law[i] < bottom ? law[i] : bottom;
-                    top = law[i] > top ? law[i] : top;
-                }
-                whole[e] = bottom > -INF;
-                complete &= whole[e] != 0;
+                for (; i + LANES <= symbols; i += LANES) most = larger(load(law + i), most);
+                float top = largest(most);
+                for (; i < symbols; i++) top = law[i] > top ? law[i] : top;
                 likeliest[e] = 0;
                 while (law[likeliest[e]] != top && likeliest[e] + 1 < symbols) likeliest[e]++;
             }
@@ -332,30 +312,21 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                 Joint& joint = own.joint;
                 double& sum = out[p * items + item];
                 double at_target = 0;
-                // Excluded symbols come out as 2^-inf = 0 by themselves, unless a negative weight turns them about.
-                const bool plain = complete || !own.negative;
                 for (int k = 0; k < joint.count; k++) {
                     joint.law[k] = laws + own.experts[k] * symbols;
                     at_target += own.weight[k] * double(joint.law[k][targets[n]]);
                 }
-                bool excluded = false;
-                if (!complete)
-                    for (int k = 0; k < joint.count; k++) excluded |= joint.law[k][targets[n]] == -INF;
-                if (excluded || joint.count == 0) {
-                    sum = excluded ? -INF_D : sum - std::log(double(symbols));
+                // The joint law is largest at or near what some expert likes best.
+                float guess = joint_exponent_one(joint, targets[n]);
+                if (guess == -INF || joint.count == 0) {
+                    sum = joint.count == 0 ? sum - std::log(double(symbols)) : -INF_D;
                     continue;
                 }
-                // The joint law is largest at or near what some expert likes best.
-                float guess = -INF;
-                for (int64_t e = 0; e < experts && plain; e++) {
+                for (int64_t e = 0; e < experts; e++) {
                     const float x = joint_exponent_one(joint, likeliest[e]);
                     guess = x > guess ? x : guess;
                 }
                 sum += at_target;
-                if (!(plain && guess > -INF)) {
-                    own.exponents += log2_normaliser_slow(joint, symbols);
-                    continue;
-                }
                 own.product *= powers_any(joint, symbols, own.negative, guess);
                 own.exponents += double(guess);
                 if (own.product > 1e200 || own.product < 1e-200) {
