@@ -18,7 +18,7 @@ help: ## List the targets
 
 venv: $(STAMP) ## Make the virtual environment with everything in it
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard token_swarm/kernels/csrc/*)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; give one: make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
