@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture
+from token_swarm.search.evaluators.closing import ClosedAtExit
 from token_swarm.search.evaluators.remade import packed
 from token_swarm.search.evaluators.serial import judge, pieces
 from token_swarm.search.utility import Scores, Utility, UtilityUnavailable
@@ -24,7 +23,7 @@ from token_swarm.search.utility import Scores, Utility, UtilityUnavailable
 _received: tuple[str, Utility] | None = None
 
 
-class ProcessPoolEvaluator:
+class ProcessPoolEvaluator(ClosedAtExit):
     """The mixtures are divided among `processes`, each of which reads the utility once.
 
     They are started afresh (spawned), so a script that uses it needs the usual `if __name__ == "__main__":`. A context
@@ -41,14 +40,6 @@ class ProcessPoolEvaluator:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._sent: Utility | None = None
         self._count = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the processes."""

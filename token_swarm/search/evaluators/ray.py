@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture
+from token_swarm.search.evaluators.closing import ClosedAtExit
 from token_swarm.search.evaluators.remade import packed
 from token_swarm.search.evaluators.serial import judge, pieces
 from token_swarm.search.utility import Scores, Utility, UtilityUnavailable
 
 
-class RayEvaluator:
+class RayEvaluator(ClosedAtExit):
     """The mixtures are divided among `workers` actors, which are sent the utility once.
 
     Joins the cluster of this process when there is one; otherwise the one at `address`, or starts one on this machine
@@ -49,14 +49,6 @@ class RayEvaluator:
             ray.init(address=address, log_to_driver=False, **options)
         self._actors: list[Any] = []
         self._sent: Utility | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the actors, and the connection to the cluster if this object made it."""
