@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.laws.ensembles import VOCABULARIES, byte_unit, toys
+from tests.laws.ensembles import VOCABULARIES, byte_unit, settle, toys
 from token_swarm.decoding.decoder import Decoder, Finish
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest, FinishReason
@@ -101,6 +101,22 @@ def test_both_write_the_same_text(
     assert ours.text == python.text
     np.testing.assert_allclose(ours.log_probs, python.log_probs, rtol=1e-9, atol=1e-12)
     assert_alike(ours.finish, python.finish)
+
+
+@pytest.mark.parametrize("rule", Rule)
+def test_members_of_a_group_share_alike(rule: Rule) -> None:
+    """Two experts of one vocabulary beside one of another: each expert's share of each symbol."""
+    experts = toys([VOCABULARIES["nested"], VOCABULARIES["nested"], VOCABULARIES["long"]])
+    local = LocalEnsemble(experts)
+    mixture = Mixture({"e0": 0.5, "e1": 0.2, "e2": 0.3}, rule)
+    ours, python = (byte_unit(local, mixture, "ab", kind=kind) for kind in (NativeByteUnit, ByteUnit))
+    for byte in b"abca":
+        for unit in (ours, python):
+            settle(local, experts, unit)
+        for symbol in (*b"abc", 256):
+            assert ours.shares(symbol) == pytest.approx(python.shares(symbol), rel=1e-9, abs=1e-12)
+        for unit in (ours, python):
+            unit.advance(byte)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7])

@@ -90,7 +90,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ts_put_law": (None, [_PTR, _I64, _I32, _PTR, _I64, _PTR]),
     "ts_feed": (None, [_PTR, _I64, _I64, _I32]),
     "ts_group_law": (None, [_PTR, _I64, _PTR]),
-    "ts_shares": (None, [_PTR, _I32, _PTR]),
+    "ts_member_masses": (None, [_PTR, _I64, _I32, _PTR]),
     "ts_reaches": (_I32, [_PTR, _I64, _I32]),
     "ts_advance": (None, [_PTR, _I64, _I32]),
     "ts_group_view": (None, [_PTR, _I64, _PTR]),
@@ -225,11 +225,11 @@ class ByteWalk:
         self._library.ts_group_law(self.handle, group, law.ctypes.data)
         return law
 
-    def shares(self, symbol: int) -> npt.NDArray[np.float64]:
-        """Each expert's share in a symbol's probability: [experts]."""
-        shares = np.empty(self.experts)
-        self._library.ts_shares(self.handle, symbol, shares.ctypes.data)
-        return shares
+    def member_masses(self, group: int, symbol: int) -> npt.NDArray[np.float64]:
+        """How much of a symbol's probability each member of a group gave, unnormalised: [members]."""
+        masses = np.empty(len(self._groups[group].exponents))
+        self._library.ts_member_masses(self.handle, group, symbol, masses.ctypes.data)
+        return masses
 
     def reaches(self, group: int, byte: int) -> bool:
         """Whether a group gives a byte any probability."""

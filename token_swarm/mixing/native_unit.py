@@ -76,8 +76,8 @@ class NativeGroup:
         return self._walk.law(self._index)
 
     def member_shares(self, symbol: int) -> Array:
-        """Not asked group by group: see `NativeByteUnit.shares`."""
-        raise NotImplementedError
+        """See `ByteGroup.member_shares`."""
+        return self._walk.member_masses(self._index, symbol)
 
     def reaches(self, byte: int) -> bool:
         """Whether the byte has any probability."""
@@ -160,13 +160,6 @@ class NativeByteUnit(ByteUnit):
         ]
         return self._natives
 
-    def shares(self, symbol: int) -> dict[str, float]:
-        """As `ByteUnit.shares`."""
-        return self._named(self.walker.shares(symbol))
-
-    def _named(self, shares: Array) -> dict[str, float]:
-        return dict(zip((name for group in self.groups for name in group.names), shares.tolist(), strict=True))
-
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
         """Choose bytes until some group needs a forward."""
         walk, shares = Walk(), np.zeros(self.walker.experts)
@@ -179,7 +172,8 @@ class NativeByteUnit(ByteUnit):
             shares += stretch.shares
             if stretch.status is not Status.NEEDS_UNSHAPED:
                 walk.ended = stretch.status in (Status.ENDED, Status.NOTHING_FOLLOWS)
-                walk.shares = self._named(shares)
+                names = [name for group in self.groups for name in group.names]
+                walk.shares = dict(zip(names, shares.tolist(), strict=True))
                 return walk
             # A filter excluded what the mixture chose; once every such group has its own law the walk goes on.
             for state in self._natives:

@@ -219,23 +219,30 @@ public:
         retire();
     }
 
-    // How much of a symbol's mass each member gave: shares of 1, |exponent| as prior.
+    // How much of a symbol's mass each member gave, unnormalised; 1 for all where no law tells.
+    void member_masses(int symbol, double* masses) const {
+        const int64_t n = spec.members;
+        for (int64_t e = 0; e < n; e++) masses[e] = 0;
+        bool known = false;
+        for (auto& head : heads) {
+            if (head.law < 0 || laws[head.law].members.empty()) continue;
+            known = true;
+            for (int64_t e = 0; e < n; e++)
+                masses[e] += head.weight * next_mass(laws[head.law].members[size_t(e)], head.node, symbol);
+        }
+        if (!known) std::fill(masses, masses + n, 1.0);
+    }
+
+    // The same as shares of 1, |exponent| as prior.
     void member_shares(int symbol, double* shares) const {
         const int64_t n = spec.members;
         if (n == 1) {
             shares[0] = 1;
             return;
         }
-        for (int64_t e = 0; e < n; e++) shares[e] = 0;
-        bool known = false;
-        for (auto& head : heads) {
-            if (lost || head.law < 0 || laws[head.law].members.empty()) continue;
-            known = true;
-            for (int64_t e = 0; e < n; e++)
-                shares[e] += head.weight * next_mass(laws[head.law].members[size_t(e)], head.node, symbol);
-        }
+        member_masses(symbol, shares);
         double sum = 0;
-        for (int64_t e = 0; e < n; e++) sum += shares[e] = std::fabs(exponents[size_t(e)]) * (known ? shares[e] : 1.0);
+        for (int64_t e = 0; e < n; e++) sum += shares[e] *= std::fabs(exponents[size_t(e)]);
         for (int64_t e = 0; e < n; e++) shares[e] = sum > 0 ? shares[e] / sum : 1.0 / double(n);
     }
 
@@ -508,13 +515,9 @@ TS_API void ts_group_law(void* sequence, int64_t group, double* out) {
     std::copy(law, law + SYMBOL_COUNT, out);
 }
 
-// What each expert gave of a symbol's probability, as shares of 1: [experts].
-TS_API void ts_shares(void* sequence, int32_t symbol, double* out) {
-    auto* own = static_cast<Sequence*>(sequence);
-    int64_t experts = 0;
-    for (auto& group : own->groups) experts += group.spec.members;
-    std::fill(out, out + experts, 0.0);
-    own->add_shares(symbol, out);
+// What each member of a group gave of a symbol's probability, unnormalised: [members].
+TS_API void ts_member_masses(void* sequence, int64_t group, int32_t symbol, double* out) {
+    TS_GROUP.member_masses(symbol, out);
 }
 
 TS_API int32_t ts_reaches(void* sequence, int64_t group, int32_t byte) { return TS_GROUP.reaches(byte); }
