@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 from token_swarm.particle import Mixture, Rule
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
-from token_swarm_server.config import PUBLIC_MESSAGE_BYTES, Settings
 from token_swarm_server.engine import Engine
 from token_swarm_server.grpc_host import GrpcHost, stop_signal
 from token_swarm_server.particle_store import ParticleStore
 from token_swarm_server.service import Defaults, MalformedRequests, SwarmService
+from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES, Settings
 
 logger = logging.getLogger(__name__)
 

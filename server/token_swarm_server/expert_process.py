@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from token_swarm.errors import BadParameter
-from token_swarm_server.config import ExpertSettings
+from token_swarm_server.settings import ExpertSettings
 
 STOP_SECONDS = 5.0
 """Given to an expert that was asked to stop before it is killed."""

@@ -87,6 +87,13 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
         except Exception as exception:
             await errors.abort(context, exception)
 
+    async def GetStats(self, request: expert_pb2.GetStatsRequest, context: _Context) -> expert_pb2.GetStatsResponse:
+        """Say what the expert held after its latest step."""
+        stats = self._worker.stats
+        return expert_pb2.GetStatsResponse(
+            sequences=stats.sequences, tokens=stats.tokens, capacity=stats.capacity, engine=stats.engine
+        )
+
     async def Decode(  # type: ignore[override]  # the stubs know only the generator style
         self, request_iterator: AsyncIterator[expert_pb2.DecodeRequest], context: _Context
     ) -> None:

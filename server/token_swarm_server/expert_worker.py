@@ -106,6 +106,8 @@ class ExpertWorker:
         # Taken from the queue, but not part of the step that took it.
         self._next: list[_Job | Stream | None] = []
         self._streams = 0
+        self.stats = expert.stats()
+        """What the expert held after the latest step."""
         self._thread = threading.Thread(target=self._run, name="expert", daemon=True)
 
     def start(self) -> None:
@@ -188,6 +190,7 @@ class ExpertWorker:
         started = time.perf_counter()
         result = self._expert.step(ops)
         seconds = time.perf_counter() - started
+        self.stats = self._expert.stats()
         self._check(result, len(ops))
         batch_size = len({op.sequence for op in ops if isinstance(op, Open | Extend)})
         replies = []
@@ -247,5 +250,6 @@ class ExpertWorker:
             logger.exception("could not free %d sequences of a stream", len(stream.live))
         finally:
             stream.live.clear()
+            self.stats = self._expert.stats()
             if stream.segment is not None:
                 stream.segment.close()

@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from token_swarm_server.config import ExpertSettings, Settings
 from token_swarm_server.expert_process import STOP_SECONDS
+from token_swarm_server.settings import ExpertSettings, Settings
 
 CONNECT_SECONDS = 10.0
 """How long an expert that should run already may take to answer."""

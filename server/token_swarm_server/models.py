@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from token_swarm_server.config import DEMO_SCHEME, HUB_ID, ConfigError, ExpertSettings
+from token_swarm_server.config import ConfigError
 from token_swarm_server.demo_experts import ensure_demo_experts
+from token_swarm_server.settings import DEMO_SCHEME, HUB_ID, ExpertSettings
 
 
 def resolve_models(experts: Mapping[str, ExpertSettings], cache: Path, *, console: Console) -> dict[str, str]:

@@ -15,8 +15,8 @@ from token_swarm.particle import Mixture
 from token_swarm.search.score_cache import ExpertKey
 from token_swarm.search.utility import UtilityUnavailable
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
-from token_swarm_server.config import PUBLIC_MESSAGE_BYTES
 from token_swarm_server.public_wire import UNITS, mixture_to_proto
+from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES
 
 _ATTEMPTS = 6
 """At a server that is busy or restarts an expert, half a second apart at first and doubling: 16 s in all."""

@@ -43,8 +43,8 @@ from token_swarm.search.utilities import (
     local_generate,
 )
 from token_swarm.search.utility import Evaluator, Utility
-from token_swarm_server.config import ExpertSettings, Settings
 from token_swarm_server.search_remote import RemoteEnsemble
+from token_swarm_server.settings import ExpertSettings, Settings
 
 
 class UtilityName(StrEnum):

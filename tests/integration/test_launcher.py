@@ -15,10 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from token_swarm_server.config import ExpertSettings, load_settings
+from token_swarm_server.config import load_settings
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.launcher import LaunchError, launch
 from token_swarm_server.models import resolve_models
+from token_swarm_server.settings import ExpertSettings
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.conftest import save_small_llama, save_small_tokenizer

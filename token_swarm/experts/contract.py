@@ -6,8 +6,8 @@ The laws an implementation must keep are in `token_swarm.experts.laws`, as asser
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import torch
@@ -136,6 +136,17 @@ class ExpertSpec:
     has_chat_template: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertStats:
+    """What an expert holds now. `tokens`, `capacity`: KV positions in use and in all. `engine`: the backend's own
+    gauges, by its own names."""
+
+    sequences: int
+    tokens: int
+    capacity: int
+    engine: Mapping[str, float] = field(default_factory=dict)
+
+
 class Expert(Protocol):
     """A causal language model with its own tokenizer and its own KV cache."""
 
@@ -162,6 +173,10 @@ class Expert(Protocol):
         Sequences of different lengths and different numbers of new tokens share a forward. An operation that
         cannot be applied is reported in `errors` and has no effect.
         """
+        ...
+
+    def stats(self) -> ExpertStats:
+        """What is held now. Called from the thread that calls `step`, between steps."""
         ...
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from token_swarm.experts.contract import (
     Close,
     EncodedPrompt,
     ExpertSpec,
+    ExpertStats,
     Extend,
     Fork,
     Op,
@@ -114,6 +115,11 @@ class _TokenListExpert(ABC):
         width = self._spec.vocabulary.width
         logits = torch.stack(rows) if rows else torch.empty(0, width, dtype=torch.float64)
         return StepResult(logits, tuple(spans), tuple(errors))
+
+    def stats(self) -> ExpertStats:
+        """See `Expert.stats`."""
+        tokens = sum(map(len, self._held.values()))
+        return ExpertStats(len(self._held), tokens, self._spec.max_sequences * self._spec.max_context)
 
     def close(self) -> None:
         """Forget every sequence."""

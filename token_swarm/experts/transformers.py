@@ -13,6 +13,7 @@ from token_swarm.experts.contract import (
     Close,
     EncodedPrompt,
     ExpertSpec,
+    ExpertStats,
     Extend,
     Fork,
     Op,
@@ -139,6 +140,11 @@ class TransformersExpert:
             self._release_all()
             raise
         return StepResult(logits[:row], tuple(spans), tuple(errors))
+
+    def stats(self) -> ExpertStats:
+        """See `Expert.stats`."""
+        capacity = self._spec.max_sequences * self._spec.max_context
+        return ExpertStats(len(self._lengths), sum(self._lengths.values()), capacity)
 
     def close(self) -> None:
         """Free the model and every sequence."""

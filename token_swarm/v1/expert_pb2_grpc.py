@@ -55,6 +55,11 @@ class ExpertServiceStub(object):
                 request_serializer=token__swarm_dot_v1_dot_expert__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=token__swarm_dot_v1_dot_expert__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/token_swarm.v1.ExpertService/GetStats',
+                request_serializer=token__swarm_dot_v1_dot_expert__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=token__swarm_dot_v1_dot_expert__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
         self.Decode = channel.stream_stream(
                 '/token_swarm.v1.ExpertService/Decode',
                 request_serializer=token__swarm_dot_v1_dot_expert__pb2.DecodeRequest.SerializeToString,
@@ -94,6 +99,13 @@ class ExpertServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStats(self, request, context):
+        """GetStats says what the expert holds now, for metrics and for finding leaks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Decode(self, request_iterator, context):
         """Decode applies batched steps. Sequences belong to the stream that opened them and are freed with it.
 
@@ -126,6 +138,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=token__swarm_dot_v1_dot_expert__pb2.TokenizeRequest.FromString,
                     response_serializer=token__swarm_dot_v1_dot_expert__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=token__swarm_dot_v1_dot_expert__pb2.GetStatsRequest.FromString,
+                    response_serializer=token__swarm_dot_v1_dot_expert__pb2.GetStatsResponse.SerializeToString,
             ),
             'Decode': grpc.stream_stream_rpc_method_handler(
                     servicer.Decode,
@@ -242,6 +259,33 @@ class ExpertService(object):
             '/token_swarm.v1.ExpertService/Tokenize',
             token__swarm_dot_v1_dot_expert__pb2.TokenizeRequest.SerializeToString,
             token__swarm_dot_v1_dot_expert__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/token_swarm.v1.ExpertService/GetStats',
+            token__swarm_dot_v1_dot_expert__pb2.GetStatsRequest.SerializeToString,
+            token__swarm_dot_v1_dot_expert__pb2.GetStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class ExpertServiceStub:
     """Encode renders and tokenizes a prompt."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_expert_pb2.TokenizeRequest, _expert_pb2.TokenizeResponse]
     """Tokenize tokenizes a text without anything private to the expert."""
+    GetStats: _grpc.UnaryUnaryMultiCallable[_expert_pb2.GetStatsRequest, _expert_pb2.GetStatsResponse]
+    """GetStats says what the expert holds now, for metrics and for finding leaks."""
     Decode: _grpc.StreamStreamMultiCallable[_expert_pb2.DecodeRequest, _expert_pb2.DecodeResponse]
     """Decode applies batched steps. Sequences belong to the stream that opened them and are freed with it.
 
@@ -61,6 +63,8 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
     """Encode renders and tokenizes a prompt."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_expert_pb2.TokenizeRequest, _expert_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize tokenizes a text without anything private to the expert."""
+    GetStats: _aio.UnaryUnaryMultiCallable[_expert_pb2.GetStatsRequest, _expert_pb2.GetStatsResponse]  # type: ignore[assignment]
+    """GetStats says what the expert holds now, for metrics and for finding leaks."""
     Decode: _aio.StreamStreamMultiCallable[_expert_pb2.DecodeRequest, _expert_pb2.DecodeResponse]  # type: ignore[assignment]
     """Decode applies batched steps. Sequences belong to the stream that opened them and are freed with it.
 
@@ -102,6 +106,14 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pb2.TokenizeResponse, _abc.Awaitable[_expert_pb2.TokenizeResponse]]:
         """Tokenize tokenizes a text without anything private to the expert."""
+
+    @_abc_1.abstractmethod
+    def GetStats(
+        self,
+        request: _expert_pb2.GetStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_pb2.GetStatsResponse, _abc.Awaitable[_expert_pb2.GetStatsResponse]]:
+        """GetStats says what the expert holds now, for metrics and for finding leaks."""
 
     @_abc_1.abstractmethod
     def Decode(

@@ -143,6 +143,34 @@ EXPERT_STATE_DOWN: ExpertState.ValueType  # 3
 """The expert died or cannot be reached; it is being restarted."""
 Global___ExpertState: _TypeAlias = ExpertState  # noqa: Y015
 
+class _OnExpertFailure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnExpertFailureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnExpertFailure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_EXPERT_FAILURE_UNSPECIFIED: _OnExpertFailure.ValueType  # 0
+    """The same as ON_EXPERT_FAILURE_WAIT."""
+    ON_EXPERT_FAILURE_WAIT: _OnExpertFailure.ValueType  # 1
+    """Wait until the expert is back, read the text so far again, and go on: the text is what it would have been."""
+    ON_EXPERT_FAILURE_FAIL: _OnExpertFailure.ValueType  # 2
+    """End the stream with UNAVAILABLE."""
+    ON_EXPERT_FAILURE_DROP: _OnExpertFailure.ValueType  # 3
+    """Go on without the expert, the other weights scaled up; the finish names it."""
+
+class OnExpertFailure(_OnExpertFailure, metaclass=_OnExpertFailureEnumTypeWrapper):
+    """OnExpertFailure says what happens to a text when one of its experts dies, hangs or answers nonsense."""
+
+ON_EXPERT_FAILURE_UNSPECIFIED: OnExpertFailure.ValueType  # 0
+"""The same as ON_EXPERT_FAILURE_WAIT."""
+ON_EXPERT_FAILURE_WAIT: OnExpertFailure.ValueType  # 1
+"""Wait until the expert is back, read the text so far again, and go on: the text is what it would have been."""
+ON_EXPERT_FAILURE_FAIL: OnExpertFailure.ValueType  # 2
+"""End the stream with UNAVAILABLE."""
+ON_EXPERT_FAILURE_DROP: OnExpertFailure.ValueType  # 3
+"""Go on without the expert, the other weights scaled up; the finish names it."""
+Global___OnExpertFailure: _TypeAlias = OnExpertFailure  # noqa: Y015
+
 @_typing.final
 class ExpertWeight(_message.Message):
     """ExpertWeight is one expert's part in a mixture."""
@@ -277,6 +305,7 @@ class GenerateRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     EPSILON_FIELD_NUMBER: _builtins.int
+    ON_EXPERT_FAILURE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request in logs and traces. Empty: the server picks one."""
     prompt: _builtins.str
@@ -297,6 +326,8 @@ class GenerateRequest(_message.Message):
     """Most total variation that cutting unlikely tokenizations may add to a next-byte law, from 0 (exact) to
     below 1. Absent: the server's default.
     """
+    on_expert_failure: Global___OnExpertFailure.ValueType
+    """What happens when an expert fails."""
     @_builtins.property
     def mixture(self) -> Global___Mixture:
         """Weights given with the request."""
@@ -323,10 +354,11 @@ class GenerateRequest(_message.Message):
         max_tokens: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         epsilon: _builtins.float | None = ...,
+        on_expert_failure: Global___OnExpertFailure.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_max_bytes", b"_max_bytes", "_max_tokens", b"_max_tokens", "epsilon", b"epsilon", "max_bytes", b"max_bytes", "max_tokens", b"max_tokens", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_max_bytes", b"_max_bytes", "_max_tokens", b"_max_tokens", "chat", b"chat", "epsilon", b"epsilon", "max_bytes", b"max_bytes", "max_tokens", b"max_tokens", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_max_bytes", b"_max_bytes", "_max_tokens", b"_max_tokens", "chat", b"chat", "epsilon", b"epsilon", "max_bytes", b"max_bytes", "max_tokens", b"max_tokens", "mixing", b"mixing", "mixture", b"mixture", "on_expert_failure", b"on_expert_failure", "particle", b"particle", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
@@ -454,6 +486,8 @@ class Finish(_message.Message):
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    REOPENED_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """Why the text ended."""
     stop: _builtins.str
@@ -470,6 +504,8 @@ class Finish(_message.Message):
     """The unit that was mixed, token, byte or union."""
     retired: _builtins.float
     """Probability of the tokenizations of the text that were given up on the way, in the group with the most."""
+    reopened: _builtins.int
+    """How often an expert was lost and the text read to its successor again."""
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertUsage]:
         """One entry per expert with non-zero weight."""
@@ -477,6 +513,10 @@ class Finish(_message.Message):
     @_builtins.property
     def timings(self) -> Global___Timings:
         """Where the time went."""
+
+    @_builtins.property
+    def dropped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Experts that failed and that the text went on without, by ON_EXPERT_FAILURE_DROP."""
 
     def __init__(
         self,
@@ -490,10 +530,12 @@ class Finish(_message.Message):
         certificate: _builtins.float = ...,
         unit: Global___Unit.ValueType = ...,
         retired: _builtins.float = ...,
+        dropped: _abc.Iterable[_builtins.str] | None = ...,
+        reopened: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "seed", b"seed", "stop", b"stop", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "bytes", b"bytes", "certificate", b"certificate", "experts", b"experts", "reason", b"reason", "retired", b"retired", "seed", b"seed", "stop", b"stop", "timings", b"timings", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "bytes", b"bytes", "certificate", b"certificate", "dropped", b"dropped", "experts", b"experts", "reason", b"reason", "reopened", b"reopened", "retired", b"retired", "seed", b"seed", "stop", b"stop", "timings", b"timings", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -701,6 +743,8 @@ class ExpertInfo(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the expert."""
     architecture: _builtins.str
@@ -717,6 +761,10 @@ class ExpertInfo(_message.Message):
     """Type of the logits, such as bfloat16."""
     state: Global___ExpertState.ValueType
     """Whether the expert takes work."""
+    reason: _builtins.str
+    """Why the expert does not take work. Empty: it does."""
+    restarts: _builtins.int
+    """How often the expert was started again, or came back."""
     def __init__(
         self,
         *,
@@ -728,10 +776,12 @@ class ExpertInfo(_message.Message):
         max_context: _builtins.int = ...,
         dtype: _builtins.str = ...,
         state: Global___ExpertState.ValueType = ...,
+        reason: _builtins.str = ...,
+        restarts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "fingerprint", b"fingerprint", "group", b"group", "max_context", b"max_context", "name", b"name", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "fingerprint", b"fingerprint", "group", b"group", "max_context", b"max_context", "name", b"name", "reason", b"reason", "restarts", b"restarts", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError
-from token_swarm_server.config import PUBLIC_MESSAGE_BYTES
+from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES
 
 _OPTIONS = (
     ("grpc.max_send_message_length", PUBLIC_MESSAGE_BYTES),

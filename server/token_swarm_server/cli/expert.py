@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
-from token_swarm_server.config import EXPERT_NAME, ExpertSettings, Settings
+from token_swarm_server.settings import EXPERT_NAME, ExpertSettings, Settings
 
 
 def expert(

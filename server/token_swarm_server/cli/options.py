@@ -12,7 +12,7 @@ import typer
 
 from token_swarm.particle import Mixture, Rule
 from token_swarm_server.cli.errors import CliError
-from token_swarm_server.config import DEFAULT_LISTEN
+from token_swarm_server.settings import DEFAULT_LISTEN
 
 
 class RuleName(StrEnum):

@@ -11,7 +11,8 @@ import typer
 
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
-from token_swarm_server.config import Settings, load_settings
+from token_swarm_server.config import load_settings
+from token_swarm_server.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, INTERRUPTED, CliError
-from token_swarm_server.config import DEFAULT_LISTEN, Settings, load_settings
+from token_swarm_server.config import load_settings
+from token_swarm_server.settings import DEFAULT_LISTEN, Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
