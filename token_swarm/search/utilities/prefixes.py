@@ -11,6 +11,7 @@ from token_swarm.experts.contract import (
     EncodedPrompt,
     Expert,
     ExpertSpec,
+    ExpertStats,
     Extend,
     Fork,
     Op,
@@ -54,6 +55,10 @@ class PrefixSharing:
     def tokenize(self, text: str) -> tuple[int, ...]:
         """See `Expert.tokenize`."""
         return self._expert.tokenize(text)
+
+    def stats(self) -> ExpertStats:
+        """See `Expert.stats`; the prefixes that are kept count too."""
+        return self._expert.stats()
 
     def close(self) -> None:
         """See `Expert.close`."""
