@@ -24,23 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atoken_swarm/v1/swarm.proto\x12\x0etoken_swarm.v1\"X\n\x0c\x45xpertWeight\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_temperature\"\\\n\x07Mixture\x12\"\n\x04rule\x18\x01 \x01(\x0e\x32\x14.token_swarm.v1.Rule\x12-\n\x07weights\x18\x02 \x03(\x0b\x32\x1c.token_swarm.v1.ExpertWeight\"\xaa\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seed\"\x97\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0c\n\x04\x63hat\x18\x03 \x01(\x08\x12\x12\n\x08particle\x18\x04 \x01(\tH\x00\x12*\n\x07mixture\x18\x05 \x01(\x0b\x32\x17.token_swarm.v1.MixtureH\x00\x12\"\n\x04unit\x18\x06 \x01(\x0e\x32\x14.token_swarm.v1.Unit\x12*\n\x08sampling\x18\x07 \x01(\x0b\x32\x18.token_swarm.v1.Sampling\x12\x16\n\tmax_bytes\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x14\n\x07\x65psilon\x18\x0b \x01(\x01H\x03\x88\x01\x01\x12:\n\x11on_expert_failure\x18\x0c \x01(\x0e\x32\x1f.token_swarm.v1.OnExpertFailureB\x08\n\x06mixingB\x0c\n\n_max_bytesB\r\n\x0b_max_tokensB\n\n\x08_epsilon\"\x15\n\x05\x43hunk\x12\x0c\n\x04text\x18\x01 \x01(\t\"g\n\x0b\x45xpertUsage\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x10\n\x08\x66orwards\x18\x03 \x01(\x04\x12\x17\n\x0fwasted_forwards\x18\x04 \x01(\x04\x12\r\n\x05share\x18\x05 \x01(\x01\"o\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1f\n\x12\x66irst_byte_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\x42\x15\n\x13_first_byte_seconds\"\xc2\x02\n\x06\x46inish\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.token_swarm.v1.FinishReason\x12\x11\n\x04stop\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12,\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x1b.token_swarm.v1.ExpertUsage\x12(\n\x07timings\x18\x05 \x01(\x0b\x32\x17.token_swarm.v1.Timings\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12\x13\n\x0b\x63\x65rtificate\x18\x07 \x01(\x01\x12\"\n\x04unit\x18\x08 \x01(\x0e\x32\x14.token_swarm.v1.Unit\x12\x0f\n\x07retired\x18\t \x01(\x01\x12\x0f\n\x07\x64ropped\x18\n \x03(\t\x12\x10\n\x08reopened\x18\x0b \x01(\rB\x07\n\x05_stopB\x07\n\x05_seed\"m\n\x10GenerateResponse\x12&\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.token_swarm.v1.ChunkH\x00\x12(\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x16.token_swarm.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\xaa\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0c\n\x04\x63hat\x18\x04 \x01(\x08\x12\x12\n\x08particle\x18\x05 \x01(\tH\x00\x12*\n\x07mixture\x18\x06 \x01(\x0b\x32\x17.token_swarm.v1.MixtureH\x00\x12\x10\n\x08per_byte\x18\x07 \x01(\x08\x42\x08\n\x06mixing\"o\n\x0b\x45xpertScore\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x10\n\x08log_prob\x18\x02 \x01(\x01\x12\x16\n\x0e\x62yte_log_probs\x18\x03 \x03(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x16\n\x0etoken_log_prob\x18\x05 \x01(\x01\"\x87\x01\n\rScoreResponse\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x10\n\x08log_prob\x18\x02 \x01(\x01\x12\x16\n\x0e\x62yte_log_probs\x18\x03 \x03(\x01\x12,\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x1b.token_swarm.v1.ExpertScore\x12\x0f\n\x07retired\x18\x05 \x01(\x01\"\x14\n\x12ListExpertsRequest\"\xdf\x01\n\nExpertInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\r\n\x05group\x18\x05 \x01(\r\x12\x13\n\x0bmax_context\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12*\n\x05state\x18\x08 \x01(\x0e\x32\x1b.token_swarm.v1.ExpertState\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x10\n\x08restarts\x18\n \x01(\r\"B\n\x13ListExpertsResponse\x12+\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1a.token_swarm.v1.ExpertInfo\"\x16\n\x14ListParticlesRequest\"\xa5\x01\n\x0cParticleInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x07mixture\x18\x02 \x01(\x0b\x32\x17.token_swarm.v1.Mixture\x12\x0f\n\x07utility\x18\x03 \x01(\t\x12\x16\n\tdev_score\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ntest_score\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_dev_scoreB\r\n\x0b_test_score\"H\n\x15ListParticlesResponse\x12/\n\tparticles\x18\x01 \x03(\x0b\x32\x1c.token_swarm.v1.ParticleInfo*B\n\x04Rule\x12\x14\n\x10RULE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bRULE_LINEAR\x10\x01\x12\x13\n\x0fRULE_LOG_LINEAR\x10\x02*Z\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\r\n\tUNIT_AUTO\x10\x01\x12\x0e\n\nUNIT_TOKEN\x10\x02\x12\r\n\tUNIT_BYTE\x10\x03\x12\x0e\n\nUNIT_UNION\x10\x04*\xc6\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x01\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x02\x12\x1b\n\x17\x46INISH_REASON_MAX_BYTES\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12\x1e\n\x1a\x46INISH_REASON_CONTEXT_FULL\x10\x05*u\n\x0b\x45xpertState\x12\x1c\n\x18\x45XPERT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45XPERT_STATE_STARTING\x10\x01\x12\x16\n\x12\x45XPERT_STATE_READY\x10\x02\x12\x15\n\x11\x45XPERT_STATE_DOWN\x10\x03*\x88\x01\n\x0fOnExpertFailure\x12!\n\x1dON_EXPERT_FAILURE_UNSPECIFIED\x10\x00\x12\x1a\n\x16ON_EXPERT_FAILURE_WAIT\x10\x01\x12\x1a\n\x16ON_EXPERT_FAILURE_FAIL\x10\x02\x12\x1a\n\x16ON_EXPERT_FAILURE_DROP\x10\x03\x32\xdb\x02\n\x0cSwarmService\x12O\n\x08Generate\x12\x1f.token_swarm.v1.GenerateRequest\x1a .token_swarm.v1.GenerateResponse0\x01\x12\x44\n\x05Score\x12\x1c.token_swarm.v1.ScoreRequest\x1a\x1d.token_swarm.v1.ScoreResponse\x12V\n\x0bListExperts\x12\".token_swarm.v1.ListExpertsRequest\x1a#.token_swarm.v1.ListExpertsResponse\x12\\\n\rListParticles\x12$.token_swarm.v1.ListParticlesRequest\x1a%.token_swarm.v1.ListParticlesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atoken_swarm/v1/swarm.proto\x12\x0etoken_swarm.v1\"X\n\x0c\x45xpertWeight\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_temperature\"\\\n\x07Mixture\x12\"\n\x04rule\x18\x01 \x01(\x0e\x32\x14.token_swarm.v1.Rule\x12-\n\x07weights\x18\x02 \x03(\x0b\x32\x1c.token_swarm.v1.ExpertWeight\"\xaa\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seed\"\x97\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0c\n\x04\x63hat\x18\x03 \x01(\x08\x12\x12\n\x08particle\x18\x04 \x01(\tH\x00\x12*\n\x07mixture\x18\x05 \x01(\x0b\x32\x17.token_swarm.v1.MixtureH\x00\x12\"\n\x04unit\x18\x06 \x01(\x0e\x32\x14.token_swarm.v1.Unit\x12*\n\x08sampling\x18\x07 \x01(\x0b\x32\x18.token_swarm.v1.Sampling\x12\x16\n\tmax_bytes\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x14\n\x07\x65psilon\x18\x0b \x01(\x01H\x03\x88\x01\x01\x12:\n\x11on_expert_failure\x18\x0c \x01(\x0e\x32\x1f.token_swarm.v1.OnExpertFailureB\x08\n\x06mixingB\x0c\n\n_max_bytesB\r\n\x0b_max_tokensB\n\n\x08_epsilon\"\x15\n\x05\x43hunk\x12\x0c\n\x04text\x18\x01 \x01(\t\"g\n\x0b\x45xpertUsage\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x10\n\x08\x66orwards\x18\x03 \x01(\x04\x12\x17\n\x0fwasted_forwards\x18\x04 \x01(\x04\x12\r\n\x05share\x18\x05 \x01(\x01\"\x9d\x01\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1f\n\x12\x66irst_byte_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\x12,\n\tbreakdown\x18\x04 \x01(\x0b\x32\x19.token_swarm.v1.BreakdownB\x15\n\x13_first_byte_seconds\"\xe5\x01\n\tBreakdown\x12\x16\n\x0e\x65ncode_seconds\x18\x01 \x01(\x01\x12\x19\n\x11\x61\x64mission_seconds\x18\x02 \x01(\x01\x12+\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x1a.token_swarm.v1.ExpertTime\x12\x13\n\x0bmix_seconds\x18\x04 \x01(\x01\x12\x1b\n\x13prefix_mass_seconds\x18\x05 \x01(\x01\x12\x14\n\x0cwalk_seconds\x18\x06 \x01(\x01\x12\x1a\n\x12scheduling_seconds\x18\x07 \x01(\x01\x12\x14\n\x0csend_seconds\x18\x08 \x01(\x01\"\x8c\x01\n\nExpertTime\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\x19\n\x11transport_seconds\x18\x05 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x06 \x01(\x01\"\xc2\x02\n\x06\x46inish\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.token_swarm.v1.FinishReason\x12\x11\n\x04stop\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12,\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x1b.token_swarm.v1.ExpertUsage\x12(\n\x07timings\x18\x05 \x01(\x0b\x32\x17.token_swarm.v1.Timings\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12\x13\n\x0b\x63\x65rtificate\x18\x07 \x01(\x01\x12\"\n\x04unit\x18\x08 \x01(\x0e\x32\x14.token_swarm.v1.Unit\x12\x0f\n\x07retired\x18\t \x01(\x01\x12\x0f\n\x07\x64ropped\x18\n \x03(\t\x12\x10\n\x08reopened\x18\x0b \x01(\rB\x07\n\x05_stopB\x07\n\x05_seed\"m\n\x10GenerateResponse\x12&\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.token_swarm.v1.ChunkH\x00\x12(\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x16.token_swarm.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\xaa\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0c\n\x04\x63hat\x18\x04 \x01(\x08\x12\x12\n\x08particle\x18\x05 \x01(\tH\x00\x12*\n\x07mixture\x18\x06 \x01(\x0b\x32\x17.token_swarm.v1.MixtureH\x00\x12\x10\n\x08per_byte\x18\x07 \x01(\x08\x42\x08\n\x06mixing\"o\n\x0b\x45xpertScore\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x10\n\x08log_prob\x18\x02 \x01(\x01\x12\x16\n\x0e\x62yte_log_probs\x18\x03 \x03(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x16\n\x0etoken_log_prob\x18\x05 \x01(\x01\"\x87\x01\n\rScoreResponse\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x10\n\x08log_prob\x18\x02 \x01(\x01\x12\x16\n\x0e\x62yte_log_probs\x18\x03 \x03(\x01\x12,\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x1b.token_swarm.v1.ExpertScore\x12\x0f\n\x07retired\x18\x05 \x01(\x01\"\x14\n\x12ListExpertsRequest\"\xdf\x01\n\nExpertInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\r\n\x05group\x18\x05 \x01(\r\x12\x13\n\x0bmax_context\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12*\n\x05state\x18\x08 \x01(\x0e\x32\x1b.token_swarm.v1.ExpertState\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x10\n\x08restarts\x18\n \x01(\r\"B\n\x13ListExpertsResponse\x12+\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1a.token_swarm.v1.ExpertInfo\"\x16\n\x14ListParticlesRequest\"\xa5\x01\n\x0cParticleInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x07mixture\x18\x02 \x01(\x0b\x32\x17.token_swarm.v1.Mixture\x12\x0f\n\x07utility\x18\x03 \x01(\t\x12\x16\n\tdev_score\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ntest_score\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_dev_scoreB\r\n\x0b_test_score\"H\n\x15ListParticlesResponse\x12/\n\tparticles\x18\x01 \x03(\x0b\x32\x1c.token_swarm.v1.ParticleInfo*B\n\x04Rule\x12\x14\n\x10RULE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bRULE_LINEAR\x10\x01\x12\x13\n\x0fRULE_LOG_LINEAR\x10\x02*Z\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\r\n\tUNIT_AUTO\x10\x01\x12\x0e\n\nUNIT_TOKEN\x10\x02\x12\r\n\tUNIT_BYTE\x10\x03\x12\x0e\n\nUNIT_UNION\x10\x04*\xc6\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x01\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x02\x12\x1b\n\x17\x46INISH_REASON_MAX_BYTES\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12\x1e\n\x1a\x46INISH_REASON_CONTEXT_FULL\x10\x05*u\n\x0b\x45xpertState\x12\x1c\n\x18\x45XPERT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45XPERT_STATE_STARTING\x10\x01\x12\x16\n\x12\x45XPERT_STATE_READY\x10\x02\x12\x15\n\x11\x45XPERT_STATE_DOWN\x10\x03*\x88\x01\n\x0fOnExpertFailure\x12!\n\x1dON_EXPERT_FAILURE_UNSPECIFIED\x10\x00\x12\x1a\n\x16ON_EXPERT_FAILURE_WAIT\x10\x01\x12\x1a\n\x16ON_EXPERT_FAILURE_FAIL\x10\x02\x12\x1a\n\x16ON_EXPERT_FAILURE_DROP\x10\x03\x32\xdb\x02\n\x0cSwarmService\x12O\n\x08Generate\x12\x1f.token_swarm.v1.GenerateRequest\x1a .token_swarm.v1.GenerateResponse0\x01\x12\x44\n\x05Score\x12\x1c.token_swarm.v1.ScoreRequest\x1a\x1d.token_swarm.v1.ScoreResponse\x12V\n\x0bListExperts\x12\".token_swarm.v1.ListExpertsRequest\x1a#.token_swarm.v1.ListExpertsResponse\x12\\\n\rListParticles\x12$.token_swarm.v1.ListParticlesRequest\x1a%.token_swarm.v1.ListParticlesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'token_swarm.v1.swarm_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RULE']._serialized_start=2496
-  _globals['_RULE']._serialized_end=2562
-  _globals['_UNIT']._serialized_start=2564
-  _globals['_UNIT']._serialized_end=2654
-  _globals['_FINISHREASON']._serialized_start=2657
-  _globals['_FINISHREASON']._serialized_end=2855
-  _globals['_EXPERTSTATE']._serialized_start=2857
-  _globals['_EXPERTSTATE']._serialized_end=2974
-  _globals['_ONEXPERTFAILURE']._serialized_start=2977
-  _globals['_ONEXPERTFAILURE']._serialized_end=3113
+  _globals['_RULE']._serialized_start=2918
+  _globals['_RULE']._serialized_end=2984
+  _globals['_UNIT']._serialized_start=2986
+  _globals['_UNIT']._serialized_end=3076
+  _globals['_FINISHREASON']._serialized_start=3079
+  _globals['_FINISHREASON']._serialized_end=3277
+  _globals['_EXPERTSTATE']._serialized_start=3279
+  _globals['_EXPERTSTATE']._serialized_end=3396
+  _globals['_ONEXPERTFAILURE']._serialized_start=3399
+  _globals['_ONEXPERTFAILURE']._serialized_end=3535
   _globals['_EXPERTWEIGHT']._serialized_start=46
   _globals['_EXPERTWEIGHT']._serialized_end=134
   _globals['_MIXTURE']._serialized_start=136
@@ -53,30 +53,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHUNK']._serialized_end=834
   _globals['_EXPERTUSAGE']._serialized_start=836
   _globals['_EXPERTUSAGE']._serialized_end=939
-  _globals['_TIMINGS']._serialized_start=941
-  _globals['_TIMINGS']._serialized_end=1052
-  _globals['_FINISH']._serialized_start=1055
-  _globals['_FINISH']._serialized_end=1377
-  _globals['_GENERATERESPONSE']._serialized_start=1379
-  _globals['_GENERATERESPONSE']._serialized_end=1488
-  _globals['_SCOREREQUEST']._serialized_start=1491
-  _globals['_SCOREREQUEST']._serialized_end=1661
-  _globals['_EXPERTSCORE']._serialized_start=1663
-  _globals['_EXPERTSCORE']._serialized_end=1774
-  _globals['_SCORERESPONSE']._serialized_start=1777
-  _globals['_SCORERESPONSE']._serialized_end=1912
-  _globals['_LISTEXPERTSREQUEST']._serialized_start=1914
-  _globals['_LISTEXPERTSREQUEST']._serialized_end=1934
-  _globals['_EXPERTINFO']._serialized_start=1937
-  _globals['_EXPERTINFO']._serialized_end=2160
-  _globals['_LISTEXPERTSRESPONSE']._serialized_start=2162
-  _globals['_LISTEXPERTSRESPONSE']._serialized_end=2228
-  _globals['_LISTPARTICLESREQUEST']._serialized_start=2230
-  _globals['_LISTPARTICLESREQUEST']._serialized_end=2252
-  _globals['_PARTICLEINFO']._serialized_start=2255
-  _globals['_PARTICLEINFO']._serialized_end=2420
-  _globals['_LISTPARTICLESRESPONSE']._serialized_start=2422
-  _globals['_LISTPARTICLESRESPONSE']._serialized_end=2494
-  _globals['_SWARMSERVICE']._serialized_start=3116
-  _globals['_SWARMSERVICE']._serialized_end=3463
+  _globals['_TIMINGS']._serialized_start=942
+  _globals['_TIMINGS']._serialized_end=1099
+  _globals['_BREAKDOWN']._serialized_start=1102
+  _globals['_BREAKDOWN']._serialized_end=1331
+  _globals['_EXPERTTIME']._serialized_start=1334
+  _globals['_EXPERTTIME']._serialized_end=1474
+  _globals['_FINISH']._serialized_start=1477
+  _globals['_FINISH']._serialized_end=1799
+  _globals['_GENERATERESPONSE']._serialized_start=1801
+  _globals['_GENERATERESPONSE']._serialized_end=1910
+  _globals['_SCOREREQUEST']._serialized_start=1913
+  _globals['_SCOREREQUEST']._serialized_end=2083
+  _globals['_EXPERTSCORE']._serialized_start=2085
+  _globals['_EXPERTSCORE']._serialized_end=2196
+  _globals['_SCORERESPONSE']._serialized_start=2199
+  _globals['_SCORERESPONSE']._serialized_end=2334
+  _globals['_LISTEXPERTSREQUEST']._serialized_start=2336
+  _globals['_LISTEXPERTSREQUEST']._serialized_end=2356
+  _globals['_EXPERTINFO']._serialized_start=2359
+  _globals['_EXPERTINFO']._serialized_end=2582
+  _globals['_LISTEXPERTSRESPONSE']._serialized_start=2584
+  _globals['_LISTEXPERTSRESPONSE']._serialized_end=2650
+  _globals['_LISTPARTICLESREQUEST']._serialized_start=2652
+  _globals['_LISTPARTICLESREQUEST']._serialized_end=2674
+  _globals['_PARTICLEINFO']._serialized_start=2677
+  _globals['_PARTICLEINFO']._serialized_end=2842
+  _globals['_LISTPARTICLESRESPONSE']._serialized_start=2844
+  _globals['_LISTPARTICLESRESPONSE']._serialized_end=2916
+  _globals['_SWARMSERVICE']._serialized_start=3538
+  _globals['_SWARMSERVICE']._serialized_end=3885
 # @@protoc_insertion_point(module_scope)

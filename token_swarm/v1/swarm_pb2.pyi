@@ -448,28 +448,132 @@ class Timings(_message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     FIRST_BYTE_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
+    BREAKDOWN_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
     """From arrival until the first expert got work."""
     first_byte_seconds: _builtins.float
     """From arrival until the first chunk was written. Absent: there was none."""
     total_seconds: _builtins.float
     """From arrival until the finish."""
+    @_builtins.property
+    def breakdown(self) -> Global___Breakdown:
+        """The total by cause. Absent: the text did not get to its experts."""
+
     def __init__(
         self,
         *,
         queue_seconds: _builtins.float = ...,
         first_byte_seconds: _builtins.float | None = ...,
         total_seconds: _builtins.float = ...,
+        breakdown: Global___Breakdown | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_byte_seconds", b"_first_byte_seconds", "first_byte_seconds", b"first_byte_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_byte_seconds", b"_first_byte_seconds", "breakdown", b"breakdown", "first_byte_seconds", b"first_byte_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_byte_seconds", b"_first_byte_seconds", "first_byte_seconds", b"first_byte_seconds", "queue_seconds", b"queue_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_byte_seconds", b"_first_byte_seconds", "breakdown", b"breakdown", "first_byte_seconds", b"first_byte_seconds", "queue_seconds", b"queue_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_byte_seconds: _TypeAlias = _typing.Literal["first_byte_seconds"]  # noqa: Y015
     _WhichOneofArgType__first_byte_seconds: _TypeAlias = _typing.Literal["_first_byte_seconds", b"_first_byte_seconds"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_byte_seconds) -> _WhichOneofReturnType__first_byte_seconds | None: ...
 
 Global___Timings: _TypeAlias = Timings  # noqa: Y015
+
+@_typing.final
+class Breakdown(_message.Message):
+    """Breakdown says what the total of a request is made of, in seconds.
+
+    For every expert, the sum of encode, admission, mix, prefix_mass, walk, scheduling, send and its own queue, compute,
+    transport and wait is the total. Each is measured by itself; none is what the others leave.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODE_SECONDS_FIELD_NUMBER: _builtins.int
+    ADMISSION_SECONDS_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    MIX_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFIX_MASS_SECONDS_FIELD_NUMBER: _builtins.int
+    WALK_SECONDS_FIELD_NUMBER: _builtins.int
+    SCHEDULING_SECONDS_FIELD_NUMBER: _builtins.int
+    SEND_SECONDS_FIELD_NUMBER: _builtins.int
+    encode_seconds: _builtins.float
+    """The experts' tokenizers read the prompt."""
+    admission_seconds: _builtins.float
+    """Waiting for KV at every expert."""
+    mix_seconds: _builtins.float
+    """Logits to token laws: temperatures, softmax, the mixture inside a group, filters."""
+    prefix_mass_seconds: _builtins.float
+    """Token laws to cumulative masses in the order of their bytes."""
+    walk_seconds: _builtins.float
+    """Mixing across groups, sampling and appending bytes."""
+    scheduling_seconds: _builtins.float
+    """The rest of the coordinator: planning forwards, finding text that may be shown."""
+    send_seconds: _builtins.float
+    """Handing text to the stream, and waiting for a client that reads slowly."""
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertTime]:
+        """The forwards, as each expert had them. They run at the same time, so they overlap."""
+
+    def __init__(
+        self,
+        *,
+        encode_seconds: _builtins.float = ...,
+        admission_seconds: _builtins.float = ...,
+        experts: _abc.Iterable[Global___ExpertTime] | None = ...,
+        mix_seconds: _builtins.float = ...,
+        prefix_mass_seconds: _builtins.float = ...,
+        walk_seconds: _builtins.float = ...,
+        scheduling_seconds: _builtins.float = ...,
+        send_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_seconds", b"admission_seconds", "encode_seconds", b"encode_seconds", "experts", b"experts", "mix_seconds", b"mix_seconds", "prefix_mass_seconds", b"prefix_mass_seconds", "scheduling_seconds", b"scheduling_seconds", "send_seconds", b"send_seconds", "walk_seconds", b"walk_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Breakdown: _TypeAlias = Breakdown  # noqa: Y015
+
+@_typing.final
+class ExpertTime(_message.Message):
+    """ExpertTime says how the time of a request's forwards was spent at one expert, in seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    TRANSPORT_SECONDS_FIELD_NUMBER: _builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    expert: _builtins.str
+    """Name of the expert."""
+    steps: _builtins.int
+    """Steps that held work of this request."""
+    queue_seconds: _builtins.float
+    """Work was ready and the expert was busy with a step."""
+    compute_seconds: _builtins.float
+    """The expert computed a step that held work of this request, other requests' work in it included."""
+    transport_seconds: _builtins.float
+    """The way there and back: messages, copies of logits, wake-ups."""
+    wait_seconds: _builtins.float
+    """This expert had answered, or had nothing to do, and another had not: waiting for the slowest."""
+    def __init__(
+        self,
+        *,
+        expert: _builtins.str = ...,
+        steps: _builtins.int = ...,
+        queue_seconds: _builtins.float = ...,
+        compute_seconds: _builtins.float = ...,
+        transport_seconds: _builtins.float = ...,
+        wait_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "expert", b"expert", "queue_seconds", b"queue_seconds", "steps", b"steps", "transport_seconds", b"transport_seconds", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertTime: _TypeAlias = ExpertTime  # noqa: Y015
 
 @_typing.final
 class Finish(_message.Message):
