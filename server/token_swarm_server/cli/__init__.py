@@ -11,6 +11,7 @@ from token_swarm_server.cli.doctor import doctor
 from token_swarm_server.cli.errors import Group
 from token_swarm_server.cli.expert import expert
 from token_swarm_server.cli.generate import generate
+from token_swarm_server.cli.health import health
 from token_swarm_server.cli.particles import particles
 from token_swarm_server.cli.score import score
 from token_swarm_server.cli.search import search
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Several language models as one: mixes their next-token distributions, whatever the tokenizers.\n\n"
     "Start with `token-swarm demo`. Every command has --help with an example.",
 )
-for command in (demo, serve, generate, score, search, expert, doctor):
+for command in (demo, serve, generate, score, search, expert, health, doctor):
     app.command()(command)
 app.add_typer(particles, name="particles")
 
