@@ -1,0 +1,257 @@
+"""What the engine tells of its work: one call per event, and sinks (metrics, traces, logs) that listen.
+
+The engine, the schedulers and the service know only `Observer` and `Watch`. Without sinks both only keep a few numbers.
+All of it runs in the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+from google.rpc import code_pb2
+
+from token_swarm_server.errors import to_status
+
+MAX_REQUEST_ID = 64
+"""Characters of a client's request id that are kept."""
+
+
+def request_id(given: str) -> str:
+    """The id of a request in logs and traces: what the client gave without unprintable characters, or a new one.
+
+    It goes into log lines and HTTP/2 metadata, so only printable ASCII without spaces stays.
+    """
+    kept = "".join(c for c in given[: 4 * MAX_REQUEST_ID] if "!" <= c <= "~")[:MAX_REQUEST_ID]
+    return kept or secrets.token_hex(8)
+
+
+class Step(NamedTuple):
+    """One answered step of an expert.
+
+    `seconds`: from sending it to its answer; `compute`: of that, in the expert. `submissions`: of how many requests'
+    calls it was made. `batch`: sequences that were given tokens in the same forward. `rows`: logit rows, `logits_bytes`
+    their size, `inline` whether they travelled inside the message.
+    """
+
+    expert: str
+    seconds: float
+    compute: float
+    submissions: int
+    batch: int
+    tokens: int
+    rows: int
+    logits_bytes: int
+    inline: bool = False
+
+
+@dataclass(slots=True)
+class ExpertTime:
+    """What one expert did for one request. Seconds: waiting for a step, in the model, and travelling."""
+
+    queue: float = 0.0
+    compute: float = 0.0
+    transport: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a text ended. `tokens`, `shares`: by expert. `reason`: a FinishReason in lower case, such as max_bytes."""
+
+    reason: str
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
+    reopened: int = 0
+
+
+class Sink:
+    """Listens to an Observer. Every method may be left out; none may raise or wait."""
+
+    def request_started(self, watch: Watch) -> None:
+        """A request has arrived; its mixture is not known yet."""
+
+    def request_admitted(self, watch: Watch) -> None:
+        """It holds KV on all its experts."""
+
+    def text(self, watch: Watch, n_bytes: int, gap: float | None) -> None:
+        """It wrote `n_bytes`, `gap` seconds after the piece before; None for the first piece."""
+
+    def request_finished(self, watch: Watch) -> None:
+        """It is over, whatever its status."""
+
+    def step(self, step: Step) -> None:
+        """An expert has answered a step."""
+
+    def expert_changed(self, expert: str, state: str, reason: str) -> None:
+        """An expert is `state` now: ready, starting or down; `reason` says why it is not ready."""
+
+    def close(self) -> None:
+        """The server ends: flush, and free ports and threads."""
+
+
+class Watch:
+    """One request as it is seen from outside; a context manager around all of its work.
+
+    Times are `time.perf_counter()` seconds. Leaving the context ends the request with the status of the exception
+    that leaves with it.
+    """
+
+    __slots__ = (
+        "_last", "_sinks", "admitted_at", "deadline", "ended_at", "experts", "first_text_at", "id", "kind", "length",
+        "metadata", "mixing", "outcome", "pieces", "prompt_bytes", "prompt_tokens", "rule", "started_at", "state",
+        "status", "unit", "weights",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        kind: Literal["generate", "score"],
+        given_id: str,
+        prompt_bytes: int,
+        metadata: Mapping[str, str],
+        deadline: float | None,
+    ) -> None:
+        self._sinks = sinks
+        self._last: float | None = None
+        self.kind = kind
+        self.id = request_id(given_id)
+        self.prompt_bytes = prompt_bytes
+        self.metadata = metadata
+        """Of the call: for the trace that it belongs to."""
+        self.deadline = deadline
+        """When the client stops waiting. None: never."""
+        self.rule = ""
+        self.unit = ""
+        self.weights: Mapping[str, float] = {}
+        self.prompt_tokens: Mapping[str, int] = {}
+        self.experts: dict[str, ExpertTime] = {}
+        self.mixing = 0.0
+        """Seconds from an expert's logits to the next forwards or text."""
+        self.length = 0
+        """Bytes of text written."""
+        self.pieces = 0
+        self.started_at = time.perf_counter()
+        self.admitted_at: float | None = None
+        self.first_text_at: float | None = None
+        self.ended_at: float | None = None
+        self.outcome: Outcome | None = None
+        self.status = ""
+        """Name of the gRPC status; empty while the request runs."""
+        self.state: dict[Sink, object] = {}
+        """What sinks keep with the request."""
+
+    def planned(self, rule: str, unit: str, weights: Mapping[str, float]) -> None:
+        """The mixture is known: `linear` or `log-linear`; token, byte or union; weight by expert."""
+        self.rule, self.unit, self.weights = rule, unit, weights
+
+    def encoded(self, tokens: Mapping[str, int]) -> None:
+        """The experts have encoded the prompt, to so many tokens each."""
+        self.prompt_tokens = tokens
+
+    def admitted(self) -> None:
+        """The request holds KV on all its experts."""
+        self.admitted_at = time.perf_counter()
+        for sink in self._sinks:
+            sink.request_admitted(self)
+
+    def forward(self, expert: str, queue: float, compute: float, transport: float, tokens: int) -> None:
+        """One submission to `expert` was answered. Seconds: in its queue, in the model, travelling."""
+        times = self.experts.get(expert)
+        if times is None:
+            times = self.experts[expert] = ExpertTime()
+        times.queue += queue
+        times.compute += compute
+        times.transport += transport
+        times.steps += 1
+        times.tokens += tokens
+
+    def mixed(self, seconds: float) -> None:
+        """The coordinator worked so long on logits."""
+        self.mixing += seconds
+
+    def text(self, n_bytes: int) -> None:
+        """A piece of text is complete."""
+        now = time.perf_counter()
+        last = self._last
+        self._last = now
+        self.length += n_bytes
+        self.pieces += 1
+        if last is None:
+            self.first_text_at = now
+        for sink in self._sinks:
+            sink.text(self, n_bytes, None if last is None else now - last)
+
+    def finished(self, outcome: Outcome) -> None:
+        """The text ended as it should. The request ends when the context is left."""
+        self.outcome = outcome
+
+    def __enter__(self) -> Watch:
+        for sink in self._sinks:
+            sink.request_started(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.ended_at = time.perf_counter()
+        self.status = self._status(error)
+        for sink in self._sinks:
+            sink.request_finished(self)
+
+    def _status(self, error: BaseException | None) -> str:
+        if error is None:
+            return "OK"
+        if isinstance(error, Exception):
+            name: str = code_pb2.Code.Name(to_status(error).code)
+            return name
+        # grpc.aio cancels the handler for a client that left and for a deadline that passed alike.
+        cancelled = isinstance(error, asyncio.CancelledError | GeneratorExit)
+        late = self.deadline is not None and time.perf_counter() >= self.deadline
+        return "DEADLINE_EXCEEDED" if cancelled and late else "CANCELLED"
+
+
+class Observer:
+    """Hands events to its sinks."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = tuple(sinks)
+
+    def request(
+        self,
+        kind: Literal["generate", "score"],
+        given_id: str = "",
+        *,
+        prompt_bytes: int = 0,
+        metadata: Mapping[str, str] | None = None,
+        time_remaining: float | None = None,
+    ) -> Watch:
+        """A request has arrived. To be entered inside of what turns exceptions into a gRPC status.
+
+        `prompt_bytes`: to be read before text is written; for a score, the text as well. `metadata`: of the call.
+        `time_remaining`: seconds that its client waits.
+        """
+        deadline = None if time_remaining is None else time.perf_counter() + time_remaining
+        return Watch(self._sinks, kind, given_id, prompt_bytes, metadata or {}, deadline)
+
+    def step(self, step: Step) -> None:
+        """An expert has answered a step."""
+        for sink in self._sinks:
+            sink.step(step)
+
+    def expert_changed(self, expert: str, state: str, reason: str = "") -> None:
+        """An expert is `state` now: ready, starting or down."""
+        for sink in self._sinks:
+            sink.expert_changed(expert, state, reason)
+
+    def close(self) -> None:
+        """End every sink."""
+        for sink in self._sinks:
+            sink.close()
