@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class BadParameter(ValueError):
@@ -56,8 +56,20 @@ class PromptTooLong(BadParameter):
 
 
 class ExpertFault(RuntimeError):
-    """An expert broke its contract: logits that are not numbers, rows that are missing."""
+    """An expert broke its contract: rows that are missing, operations that it keeps refusing."""
 
     def __init__(self, expert: str, message: str) -> None:
         super().__init__(f"expert {expert!r}: {message}")
         self.expert = expert
+
+
+class BadLogits(ExpertFault):
+    """Logits that are no law: NaN, +inf, or a row of the wrong width. `experts`: whose they are."""
+
+    def __init__(
+        self,
+        experts: Sequence[str],
+        message: str = "logits hold NaN or +inf, or no allowed token has a finite logit",
+    ) -> None:
+        super().__init__("+".join(experts), message)
+        self.experts = tuple(experts)

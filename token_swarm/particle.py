@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,15 @@ class Mixture:
     def active(self) -> dict[str, float]:
         """Weights of the experts that are run: those that are not 0."""
         return {name: weight for name, weight in self.weights.items() if weight != 0}
+
+    def without(self, names: Collection[str]) -> Mixture:
+        """The mixture of the other experts, scaled so that their weights add up to what all did, if they add up to
+        anything. Raises BadParameter when no expert is left."""
+        left = {name: weight for name, weight in self.active.items() if name not in names}
+        whole, part = sum(self.active.values()), sum(left.values())
+        scale = whole / part if whole and part else 1.0
+        temperatures = {name: value for name, value in self.temperatures.items() if name in left}
+        return Mixture({name: weight * scale for name, weight in left.items()}, self.rule, temperatures)
 
     def require_known(self, experts: Mapping[str, object]) -> None:
         """Raise UnknownName when a weight names an expert that does not exist."""

@@ -10,7 +10,7 @@ run(decoder.close())
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from token_swarm.decoding.forwards import Calls, ContextFull, Forwards, Outcome
 from token_swarm.decoding.request import DecodeRequest, FinishReason
@@ -34,6 +34,9 @@ class ExpertUse:
     forwards: int
     wasted: int
     share: float
+
+
+_UNUSED = ExpertUse(0, 0, 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,13 @@ class Decoder:
         only) and record `log_probs`, as scoring with the certificate does."""
         self._unit = unit
         self._request = request
+        self._allocate = allocate
+        self._lanes_per_expert = lanes_per_expert
         self._forwards = Forwards(unit, allocate, lanes_per_expert)
+        # What earlier units did, of a text that went on without one of its experts.
+        self._earlier: dict[str, ExpertUse] = {}
+        self._earlier_tokens = 0
+        self._earlier_retired = 0.0
         self._sampler = Sampler(greedy=request.shaping.greedy, seed=request.seed, script=forced)
         self._stops = StopMatcher(request.stop)
         self._utf8 = Utf8Stream()
@@ -93,6 +102,34 @@ class Decoder:
         """The text so far, up to the stop string."""
         return bytes(self._text)
 
+    @property
+    def unit(self) -> MixingUnit:
+        """What mixes the text now."""
+        return self._unit
+
+    def lost(self, expert: str) -> None:
+        """The expert's sequences are gone: what is needed of them is opened again."""
+        self._forwards.lost(expert)
+
+    def take_back(self) -> str:
+        """Cut the text back to whole characters, none of which was shown, and return it: what another unit reads."""
+        begun = Utf8Stream(bytes(self._text)).incomplete
+        if begun:
+            del self._text[len(self._text) - begun :]
+            self._utf8.forget()
+            self._shown = min(self._shown, len(self._text))
+        return self._text.decode("utf-8", "replace")
+
+    def carry_on(self, unit: MixingUnit) -> Calls:
+        """Go on with a unit that has read `take_back()`; returns the operations that free what the old one held."""
+        self._earlier = self._use()
+        self._earlier_tokens += self._unit.fewest_tokens()
+        self._earlier_retired = max(self._earlier_retired, self._unit.retired)
+        closing = self._forwards.close()
+        self._unit = unit
+        self._forwards = Forwards(unit, self._allocate, self._lanes_per_expert)
+        return closing
+
     def calls(self) -> Calls:
         """Operations to run next, by expert; empty when the text has ended."""
         if self.finished:
@@ -104,7 +141,8 @@ class Decoder:
             return {}
 
     def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
-        """Take what the last `calls` returned, and go on until the next forward is needed."""
+        """Take what the last `calls` returned, and go on until the next forward is needed. Raises as
+        `Forwards.resume` does."""
         try:
             self._forwards.resume(outcomes)
         except ContextFull:
@@ -124,7 +162,9 @@ class Decoder:
     def _walk(self) -> None:
         limits = [self._request.max_bytes, None if self._forced is None else len(self._forced)]
         room = min([_STRETCH, *(limit - len(self._text) for limit in limits if limit is not None)])
-        walk = self._unit.walk(self._sampler, max_bytes=room, max_tokens=self._request.max_tokens)
+        limit = self._request.max_tokens
+        left = None if limit is None else limit - self._earlier_tokens
+        walk = self._unit.walk(self._sampler, max_bytes=room, max_tokens=left)
         self.log_probs += walk.log_probs
         self._symbols += len(walk.log_probs)
         self._certificate = max(self._certificate, walk.certificate)
@@ -171,27 +211,30 @@ class Decoder:
             stop=self._stops.matched,
             experts=self._use(),
             certificate=self._certificate,
-            retired=self._unit.retired,
+            retired=max(self._earlier_retired, self._unit.retired),
         )
 
     def _use(self) -> dict[str, ExpertUse]:
-        use = {}
+        use = dict(self._earlier)
         for index, group in enumerate(self._unit.groups):
             history = self._unit.history(index)
             forwarded = self._forwards.histories[index]
             on_path = sum(history[: len(other)] == other for other in forwarded)
             for name in group.names:
+                before = self._earlier.get(name, _UNUSED)
                 use[name] = ExpertUse(
-                    tokens=self._unit.own_tokens(index),
-                    forwards=len(forwarded),
-                    wasted=len(forwarded) - on_path,
-                    share=self._shares.get(name, 0.0) / max(1, self._symbols),
+                    tokens=before.tokens + self._unit.own_tokens(index),
+                    forwards=before.forwards + len(forwarded),
+                    wasted=before.wasted + len(forwarded) - on_path,
+                    share=0.0,
                 )
-        return use
+        return {
+            name: replace(own, share=self._shares.get(name, 0.0) / max(1, self._symbols)) for name, own in use.items()
+        }
 
     def _tokens_reached(self) -> bool:
         limit = self._request.max_tokens
-        return limit is not None and self._unit.fewest_tokens() >= limit
+        return limit is not None and self._earlier_tokens + self._unit.fewest_tokens() >= limit
 
     def _show(self, showable: int) -> None:
         if showable > self._shown:

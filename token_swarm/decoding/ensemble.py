@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from token_swarm.decoding.request import DecodeRequest
@@ -62,6 +62,19 @@ class Ensemble:
         if kind is Unit.UNION:
             return self.union_unit(make_rows(self.specs, mixture), request, prompts)
         return self.byte_unit(groups, request, prompts)
+
+    def continued(
+        self, kind: Unit, mixture: Mixture, request: DecodeRequest, texts: Mapping[str, EncodedPrompt]
+    ) -> MixingUnit:
+        """A unit that goes on with a text that another one of `kind` began. texts: prompt and text as each expert
+        encodes them.
+
+        Bytes stay bytes, even of a single group: the text may end inside a token. Raises as `unit` does.
+        """
+        unit = self.unit(mixture, replace(request, unit=Unit.AUTO if kind is Unit.BYTE else kind), texts)
+        if kind is Unit.BYTE and unit.kind is not Unit.BYTE:
+            return self.byte_unit(self.groups(mixture), request, texts)
+        return unit
 
     def byte_unit(
         self, groups: tuple[Group, ...], request: DecodeRequest, prompts: Mapping[str, EncodedPrompt]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from token_swarm.decoding.lanes import LaneTable
-from token_swarm.errors import ExpertFault
+from token_swarm.errors import BadLogits, ExpertFault
 from token_swarm.experts.contract import Op, OpError, OpErrorKind
 from token_swarm.mixing.unit import MixingUnit, Need
 
@@ -77,10 +77,15 @@ class Forwards:
     def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         """Take the outcomes of the last `calls`, one per operation, and feed every need that is complete.
 
-        A sequence that an expert has lost is opened again from its whole history by the next `calls`.
-        Raises ContextFull, and ExpertFault when an expert keeps refusing.
+        An expert without outcomes was lost. Its sequences, and one that an expert says it does not have, are opened
+        again from their whole history by the next `calls`.
+        Raises ContextFull, ExpertFault when an expert keeps refusing, and BadLogits; after that one the next `calls`
+        asks for the rows again.
         """
         for name, placed in self._placed.items():
+            if name not in outcomes:
+                self.lost(name)
+                continue
             refused = next((o for o in outcomes[name] if isinstance(o, OpError)), None)
             if refused is not None:
                 self._recover(name, refused)
@@ -94,9 +99,21 @@ class Forwards:
         for wanted in self._wanted:
             names = self._unit.groups[wanted.need.group].names
             if all(name in wanted.rows for name in names):
-                self._unit.feed(wanted.need, [wanted.rows[name] for name in names])
+                self._feed(wanted, names)
                 self.histories[wanted.need.group].add(wanted.need.tokens)
                 self._recoveries = 0
+
+    def _feed(self, wanted: _Wanted, names: Sequence[str]) -> None:
+        try:
+            self._unit.feed(wanted.need, [wanted.rows[name] for name in names])
+        except BadLogits as fault:
+            for name in fault.experts:
+                wanted.rows.pop(name, None)
+            raise
+
+    def lost(self, name: str) -> None:
+        """The expert has lost every sequence, as one does that was started again."""
+        self._lanes[name].forget_all()
 
     def _recover(self, name: str, refused: OpError) -> None:
         if refused.kind is OpErrorKind.CONTEXT_FULL:
@@ -104,7 +121,7 @@ class Forwards:
         self._recoveries += 1
         if refused.kind is not OpErrorKind.UNKNOWN_SEQUENCE or self._recoveries > _MAX_RECOVERIES:
             raise ExpertFault(name, refused.message)
-        self._lanes[name].forget_all()
+        self.lost(name)
 
     def close(self) -> Calls:
         """Operations that free everything this text holds at the experts."""

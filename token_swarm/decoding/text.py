@@ -43,12 +43,18 @@ class StopMatcher:
 class Utf8Stream:
     """Bytes in, complete code points out. Bytes that are no UTF-8 become U+FFFD; a code point is never split."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: bytes = b"") -> None:
+        """As after `push(data)`."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(data)
 
     def push(self, data: bytes) -> str:
         """Text that is complete now."""
         return self._decoder.decode(data)
+
+    def forget(self) -> None:
+        """Drop the code point that has begun: its bytes are taken back."""
+        self._decoder.reset()
 
     @property
     def incomplete(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from token_swarm import kernels
-from token_swarm.errors import BadParameter, ExpertFault
+from token_swarm.errors import BadLogits, BadParameter
 from token_swarm.experts.contract import ExpertSpec
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary
@@ -63,10 +63,11 @@ class Group:
         for spec, row in zip(self.experts, rows, strict=True):
             if row.shape != (self.vocabulary.width,):
                 shape = tuple(row.shape)
-                raise ExpertFault(spec.name, f"logit row of shape {shape}, not [{self.vocabulary.width}]")
+                raise BadLogits([spec.name], f"logit row of shape {shape}, not [{self.vocabulary.width}]")
         mixed = self._mix(rows, self.exponents, self.temperatures)
         if bool(mixed[0].isnan()):
-            raise ExpertFault("+".join(self.names), "logits hold NaN or +inf, or no allowed token has a finite logit")
+            bad = [name for name, own in zip(self.names, self.member_laws(rows), strict=True) if bool(own[0].isnan())]
+            raise BadLogits(bad or self.names)
         return mixed
 
     def member_laws(self, rows: Sequence[Tensor]) -> list[Tensor]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from token_swarm import kernels
-from token_swarm.errors import ExpertFault
+from token_swarm.errors import BadLogits
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.kernels import UnionMap
 from token_swarm.mixing.groups import Group, Unit, as_shares
@@ -112,7 +112,7 @@ class UnionUnit:
         (row,) = rows
         group = self.groups[need.group]
         if row.shape != (group.vocabulary.width,):
-            raise ExpertFault(group.names[0], f"logit row of shape {tuple(row.shape)}, not [{group.vocabulary.width}]")
+            raise BadLogits(group.names, f"logit row of shape {tuple(row.shape)}, not [{group.vocabulary.width}]")
         reader = self._readers[need.group]
         reader.row, reader.fresh = row, True
         if not self.due():
@@ -140,9 +140,11 @@ class UnionUnit:
         return mixed
 
     def _blame(self) -> None:
-        """Raise ExpertFault for the experts whose rows are no law."""
-        bad = [g.names[0] for g, own in zip(self.groups, self._own_laws(), strict=True) if bool(own.isnan().any())]
-        raise ExpertFault("+".join(bad), "logits hold NaN or +inf, or no allowed token has a finite logit")
+        """Raise BadLogits for the experts whose rows are no law; their histories are due again."""
+        bad = [g for g, own in enumerate(self._own_laws()) if bool(own.isnan().any())]
+        for index in bad:
+            self._readers[index].fresh = False
+        raise BadLogits([self.groups[index].names[0] for index in bad])
 
     def _own_laws(self) -> list[Tensor]:
         """Each expert's own token probabilities [width] at its temperature; zeros for a lost one."""
