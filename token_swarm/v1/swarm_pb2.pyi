@@ -1002,3 +1002,345 @@ class ListParticlesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListParticlesResponse: _TypeAlias = ListParticlesResponse  # noqa: Y015
+
+@_typing.final
+class GetStatusRequest(_message.Message):
+    """GetStatusRequest has no fields."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class Histogram(_message.Message):
+    """Histogram counts values by size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    SUM_FIELD_NUMBER: _builtins.int
+    sum: _builtins.float
+    """Sum of the values."""
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Upper bounds of all buckets but the last, ascending; they belong to their buckets."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Values in each bucket alone. One more than there are bounds: the last bucket has none."""
+
+    def __init__(
+        self,
+        *,
+        bounds: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        sum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "counts", b"counts", "sum", b"sum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
+
+@_typing.final
+class RequestStatus(_message.Message):
+    """RequestStatus counts requests. Seconds are counted at the server."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SucceededEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class FailedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    SUCCEEDED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    PROMPT_BYTES_FIELD_NUMBER: _builtins.int
+    TEXT_BYTES_FIELD_NUMBER: _builtins.int
+    MIXING_SECONDS_FIELD_NUMBER: _builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    FIRST_BYTE_SECONDS_FIELD_NUMBER: _builtins.int
+    INTER_PIECE_SECONDS_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_BYTE_FIELD_NUMBER: _builtins.int
+    TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
+    running: _builtins.int
+    """Requests that hold KV now."""
+    waiting: _builtins.int
+    """Requests that wait for KV now."""
+    received: _builtins.int
+    """Requests that have arrived, those that were refused included."""
+    prompt_bytes: _builtins.int
+    """Bytes of prompts, and of texts to score."""
+    text_bytes: _builtins.int
+    """Bytes of text written."""
+    mixing_seconds: _builtins.float
+    """Seconds of mixing: from logits to the next forwards or text."""
+    @_builtins.property
+    def succeeded(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Requests that ended as they should, by reason: stop_string, end_of_text, max_bytes, max_tokens, context_full, or
+        scored.
+        """
+
+    @_builtins.property
+    def failed(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Requests that did not, by the name of their gRPC status, such as CANCELLED."""
+
+    @_builtins.property
+    def queue_seconds(self) -> Global___Histogram:
+        """From arrival until the request holds KV, in seconds."""
+
+    @_builtins.property
+    def first_byte_seconds(self) -> Global___Histogram:
+        """From arrival until the first piece of text, in seconds."""
+
+    @_builtins.property
+    def inter_piece_seconds(self) -> Global___Histogram:
+        """Between two pieces of a text, in seconds. A piece has one byte or more."""
+
+    @_builtins.property
+    def seconds_per_byte(self) -> Global___Histogram:
+        """Per byte after the first piece, one value a request, in seconds."""
+
+    @_builtins.property
+    def total_seconds(self) -> Global___Histogram:
+        """From arrival to the end, in seconds."""
+
+    def __init__(
+        self,
+        *,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        received: _builtins.int = ...,
+        succeeded: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        failed: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        prompt_bytes: _builtins.int = ...,
+        text_bytes: _builtins.int = ...,
+        mixing_seconds: _builtins.float = ...,
+        queue_seconds: Global___Histogram | None = ...,
+        first_byte_seconds: Global___Histogram | None = ...,
+        inter_piece_seconds: Global___Histogram | None = ...,
+        seconds_per_byte: Global___Histogram | None = ...,
+        total_seconds: Global___Histogram | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_byte_seconds", b"first_byte_seconds", "inter_piece_seconds", b"inter_piece_seconds", "queue_seconds", b"queue_seconds", "seconds_per_byte", b"seconds_per_byte", "total_seconds", b"total_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "first_byte_seconds", b"first_byte_seconds", "inter_piece_seconds", b"inter_piece_seconds", "mixing_seconds", b"mixing_seconds", "prompt_bytes", b"prompt_bytes", "queue_seconds", b"queue_seconds", "received", b"received", "running", b"running", "seconds_per_byte", b"seconds_per_byte", "succeeded", b"succeeded", "text_bytes", b"text_bytes", "total_seconds", b"total_seconds", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestStatus: _TypeAlias = RequestStatus  # noqa: Y015
+
+@_typing.final
+class ExpertStatus(_message.Message):
+    """ExpertStatus is the state of one expert and what it did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EngineEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    EXPERT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    SUBMISSIONS_FIELD_NUMBER: _builtins.int
+    BATCHED_SEQUENCES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TRANSPORT_BYTES_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    KV_SEQUENCES_FIELD_NUMBER: _builtins.int
+    KV_MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_CAPACITY_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    expert: _builtins.str
+    """Name of the expert."""
+    state: Global___ExpertState.ValueType
+    """Whether the expert takes work."""
+    reason: _builtins.str
+    """Why the expert does not take work. Empty: it does."""
+    restarts: _builtins.int
+    """How often the expert was started again, or came back."""
+    queued: _builtins.int
+    """Calls that wait for a step now."""
+    steps: _builtins.int
+    """Steps that were answered."""
+    submissions: _builtins.int
+    """Calls of requests that the steps were made of."""
+    batched_sequences: _builtins.int
+    """Sequences that were given tokens, summed over steps; divided by steps it is the mean batch size."""
+    tokens: _builtins.int
+    """Tokens that were given to sequences."""
+    rows: _builtins.int
+    """Logit rows that came back."""
+    transport_bytes: _builtins.int
+    """Bytes of logits that came back."""
+    step_seconds: _builtins.float
+    """Seconds from sending a step to its answer, summed over steps."""
+    compute_seconds: _builtins.float
+    """Of these, seconds in the expert's model."""
+    kv_sequences: _builtins.int
+    """Sequences in the KV cache now. Absent, like kv_tokens and kv_capacity: the expert did not answer."""
+    kv_max_sequences: _builtins.int
+    """Most sequences that fit."""
+    kv_tokens: _builtins.int
+    """Positions of the KV cache in use now."""
+    kv_capacity: _builtins.int
+    """Positions that the KV cache has."""
+    @_builtins.property
+    def engine(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Gauges of the expert's own engine, by its own names."""
+
+    def __init__(
+        self,
+        *,
+        expert: _builtins.str = ...,
+        state: Global___ExpertState.ValueType = ...,
+        reason: _builtins.str = ...,
+        restarts: _builtins.int = ...,
+        queued: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        submissions: _builtins.int = ...,
+        batched_sequences: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        transport_bytes: _builtins.int = ...,
+        step_seconds: _builtins.float = ...,
+        compute_seconds: _builtins.float = ...,
+        kv_sequences: _builtins.int | None = ...,
+        kv_max_sequences: _builtins.int = ...,
+        kv_tokens: _builtins.int | None = ...,
+        kv_capacity: _builtins.int | None = ...,
+        engine: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_capacity", b"_kv_capacity", "_kv_sequences", b"_kv_sequences", "_kv_tokens", b"_kv_tokens", "kv_capacity", b"kv_capacity", "kv_sequences", b"kv_sequences", "kv_tokens", b"kv_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_capacity", b"_kv_capacity", "_kv_sequences", b"_kv_sequences", "_kv_tokens", b"_kv_tokens", "batched_sequences", b"batched_sequences", "compute_seconds", b"compute_seconds", "engine", b"engine", "expert", b"expert", "kv_capacity", b"kv_capacity", "kv_max_sequences", b"kv_max_sequences", "kv_sequences", b"kv_sequences", "kv_tokens", b"kv_tokens", "queued", b"queued", "reason", b"reason", "restarts", b"restarts", "rows", b"rows", "state", b"state", "step_seconds", b"step_seconds", "steps", b"steps", "submissions", b"submissions", "tokens", b"tokens", "transport_bytes", b"transport_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kv_capacity: _TypeAlias = _typing.Literal["kv_capacity"]  # noqa: Y015
+    _WhichOneofArgType__kv_capacity: _TypeAlias = _typing.Literal["_kv_capacity", b"_kv_capacity"]  # noqa: Y015
+    _WhichOneofReturnType__kv_sequences: _TypeAlias = _typing.Literal["kv_sequences"]  # noqa: Y015
+    _WhichOneofArgType__kv_sequences: _TypeAlias = _typing.Literal["_kv_sequences", b"_kv_sequences"]  # noqa: Y015
+    _WhichOneofReturnType__kv_tokens: _TypeAlias = _typing.Literal["kv_tokens"]  # noqa: Y015
+    _WhichOneofArgType__kv_tokens: _TypeAlias = _typing.Literal["_kv_tokens", b"_kv_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_capacity) -> _WhichOneofReturnType__kv_capacity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_sequences) -> _WhichOneofReturnType__kv_sequences | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_tokens) -> _WhichOneofReturnType__kv_tokens | None: ...
+
+Global___ExpertStatus: _TypeAlias = ExpertStatus  # noqa: Y015
+
+@_typing.final
+class GetStatusResponse(_message.Message):
+    """GetStatusResponse is the server's state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """Version of the server."""
+    uptime_seconds: _builtins.float
+    """Seconds since the server started."""
+    draining: _builtins.bool
+    """Whether the server refuses new requests because it is about to stop."""
+    @_builtins.property
+    def requests(self) -> Global___RequestStatus:
+        """The requests."""
+
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertStatus]:
+        """The experts, in the order of the server's configuration."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        uptime_seconds: _builtins.float = ...,
+        draining: _builtins.bool = ...,
+        requests: Global___RequestStatus | None = ...,
+        experts: _abc.Iterable[Global___ExpertStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "experts", b"experts", "requests", b"requests", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015

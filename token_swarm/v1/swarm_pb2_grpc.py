@@ -58,6 +58,11 @@ class SwarmServiceStub(object):
                 request_serializer=token__swarm_dot_v1_dot_swarm__pb2.ListParticlesRequest.SerializeToString,
                 response_deserializer=token__swarm_dot_v1_dot_swarm__pb2.ListParticlesResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/token_swarm.v1.SwarmService/GetStatus',
+                request_serializer=token__swarm_dot_v1_dot_swarm__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=token__swarm_dot_v1_dot_swarm__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
 
 
 class SwarmServiceServicer(object):
@@ -95,6 +100,13 @@ class SwarmServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """GetStatus returns what runs now and counters since the server started; rates are differences of two answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SwarmServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -117,6 +129,11 @@ def add_SwarmServiceServicer_to_server(servicer, server):
                     servicer.ListParticles,
                     request_deserializer=token__swarm_dot_v1_dot_swarm__pb2.ListParticlesRequest.FromString,
                     response_serializer=token__swarm_dot_v1_dot_swarm__pb2.ListParticlesResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=token__swarm_dot_v1_dot_swarm__pb2.GetStatusRequest.FromString,
+                    response_serializer=token__swarm_dot_v1_dot_swarm__pb2.GetStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -231,6 +248,33 @@ class SwarmService(object):
             '/token_swarm.v1.SwarmService/ListParticles',
             token__swarm_dot_v1_dot_swarm__pb2.ListParticlesRequest.SerializeToString,
             token__swarm_dot_v1_dot_swarm__pb2.ListParticlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/token_swarm.v1.SwarmService/GetStatus',
+            token__swarm_dot_v1_dot_swarm__pb2.GetStatusRequest.SerializeToString,
+            token__swarm_dot_v1_dot_swarm__pb2.GetStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class SwarmServiceStub:
     """ListExperts describes the experts that the server runs."""
     ListParticles: _grpc.UnaryUnaryMultiCallable[_swarm_pb2.ListParticlesRequest, _swarm_pb2.ListParticlesResponse]
     """ListParticles describes the named mixtures that a request may ask for."""
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_swarm_pb2.GetStatusRequest, _swarm_pb2.GetStatusResponse]
+    """GetStatus returns what runs now and counters since the server started; rates are differences of two answers."""
 
 @_typing.type_check_only
 class SwarmServiceAsyncStub(SwarmServiceStub):
@@ -63,6 +65,8 @@ class SwarmServiceAsyncStub(SwarmServiceStub):
     """ListExperts describes the experts that the server runs."""
     ListParticles: _aio.UnaryUnaryMultiCallable[_swarm_pb2.ListParticlesRequest, _swarm_pb2.ListParticlesResponse]  # type: ignore[assignment]
     """ListParticles describes the named mixtures that a request may ask for."""
+    GetStatus: _aio.UnaryUnaryMultiCallable[_swarm_pb2.GetStatusRequest, _swarm_pb2.GetStatusResponse]  # type: ignore[assignment]
+    """GetStatus returns what runs now and counters since the server started; rates are differences of two answers."""
 
 class SwarmServiceServicer(metaclass=_abc_1.ABCMeta):
     """SwarmService generates and scores text with an ensemble.
@@ -102,5 +106,13 @@ class SwarmServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_swarm_pb2.ListParticlesResponse, _abc.Awaitable[_swarm_pb2.ListParticlesResponse]]:
         """ListParticles describes the named mixtures that a request may ask for."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _swarm_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_swarm_pb2.GetStatusResponse, _abc.Awaitable[_swarm_pb2.GetStatusResponse]]:
+        """GetStatus returns what runs now and counters since the server started; rates are differences of two answers."""
 
 def add_SwarmServiceServicer_to_server(servicer: SwarmServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
