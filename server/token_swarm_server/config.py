@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from token_swarm_server.settings import (
+    CLIENT_VARIABLES,
     DEMO_SCHEME,
     ENV_DELIMITER,
     ENV_PREFIX,
     EXPERT_NAME,
     HUB_ID,
-    CoordinatorSettings,
-    ExpertSettings,
+    ClientTls,
+    ServerTls,
     Settings,
 )
 
@@ -88,8 +90,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if isinstance(expert, dict):
             _make_absolute(expert, "model", path.parent)
             _make_absolute(expert, "python", path.parent)
+            _make_tls_absolute(expert, path.parent)
     if isinstance(document.get("coordinator"), dict):
         _make_absolute(document["coordinator"], "particles", path.parent)
+        _make_absolute(document["coordinator"], "tokens", path.parent)
+        _make_tls_absolute(document["coordinator"], path.parent)
     return document
 
 
@@ -103,14 +108,33 @@ def _make_absolute(table: dict[str, Any], key: str, folder: Path) -> None:
     table[key] = str(path)
 
 
+def _make_tls_absolute(table: dict[str, Any], folder: Path) -> None:
+    if isinstance(tls := table.get("tls"), dict):
+        for key in ServerTls.model_fields.keys() | ClientTls.model_fields.keys():
+            _make_absolute(tls, key, folder)
+
+
 def _check_environment() -> None:
     """Refuse variables with our prefix that name no key. Raises ConfigError."""
     for name in sorted(os.environ):
-        if name.upper().startswith(ENV_PREFIX):
+        if name.upper().startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES:
             key = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)[0]
             if key not in Settings.model_fields:
                 allowed = ", ".join(ENV_PREFIX + field.upper() for field in Settings.model_fields)
                 raise ConfigError(f"environment: {name}: unknown; allowed: {allowed} (and keys below by __)")
+
+
+def _table_at(where: Sequence[str]) -> type[BaseModel]:
+    """The model that the table with the path `where` is read into."""
+    model: type[BaseModel] = Settings
+    parts = list(where)
+    while parts and (field := model.model_fields.get(parts.pop(0))) is not None:
+        if typing.get_origin(field.annotation) is dict:
+            # The next part is a name that the user chose.
+            parts = parts[1:]
+        kinds = typing.get_args(field.annotation) or (field.annotation,)
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return model
 
 
 def _names(model: type[BaseModel]) -> str:
@@ -124,16 +148,13 @@ def _explain(error: ValidationError, config: Path | None) -> str:
     path = ".".join(where)
     source = f"config {config}" if config else "settings"
     if problem["type"] == "extra_forbidden":
-        models: Mapping[str, type[BaseModel]] = {
-            "experts": ExpertSettings,
-            "coordinator": CoordinatorSettings,
-        }
-        model = models[where[0]] if len(where) > 1 else Settings
-        return f"{source}: {path}: unknown key; allowed: {_names(model)}"
+        return f"{source}: {path}: unknown key; allowed: {_names(_table_at(where[:-1]))}"
     if "[key]" in problem["loc"]:
         return f"{source}: {path}: not a valid expert name; it must match {EXPERT_NAME}"
-    if problem["type"] == "missing" or (path == "experts" and problem["type"] == "too_short"):
+    if path == "experts" and problem["type"] in ("missing", "too_short"):
         return f"{source}: {path}: at least one expert is needed, as `NAME: {{model: DIRECTORY}}`"
+    if problem["type"] == "missing":
+        return f"{source}: {path}: is needed; the keys beside it: {_names(_table_at(where[:-1]))}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = repr(problem["input"])
     value = "" if isinstance(problem["input"], dict | BaseModel) else f" (is {shown[:80]})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,9 +11,12 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.particle import Mixture, Rule
+from token_swarm_server.addresses import parse_listen
 
 ENV_PREFIX = "TOKEN_SWARM_"
 ENV_DELIMITER = "__"
+# Not keys: what the commands that call a server read their --token-file and --tls-... from.
+CLIENT_VARIABLES = tuple(ENV_PREFIX + name for name in ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERTIFICATE", "TLS_KEY"))
 EXPERT_NAME = r"[a-z0-9][a-z0-9_.-]*"
 DEMO_SCHEME = "demo:"
 PUBLIC_MESSAGE_BYTES = 4 * 2**20
@@ -22,24 +24,64 @@ PUBLIC_MESSAGE_BYTES = 4 * 2**20
 DEFAULT_LISTEN = "127.0.0.1:50061"
 # A hub id is "name" or "owner/name"; anything else is meant as a directory.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def _listen_address(value: str) -> str:
-    """Refuse an address that nobody could listen on, and one that other machines could reach."""
-    allowed = (
-        f"must be host:port (host one of {', '.join(_LOOPBACK)}; port 0: any free one) or unix:/absolute/path"
-    )
-    if value.startswith("unix:"):
-        path = value.removeprefix("unix:")
-        if not path.startswith("/") or len(os.fsencode(path)) > 107:
-            raise ValueError(f"{allowed} of less than 108 bytes")
-        return value
-    host, _, port = value.rpartition(":")
-    if host not in _LOOPBACK or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        # Nothing is authenticated yet, so the server stays on this machine.
-        raise ValueError(allowed)
+    parse_listen(value)
     return value
+
+
+class ServerTls(BaseModel):
+    """How a server proves who it is, and whom it lets in."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    certificate: Path
+    """PEM file: the server's certificate, then the intermediate ones."""
+    key: Path
+    """PEM file: its private key, not encrypted."""
+    client_ca: Path | None = None
+    """PEM file: only clients with a certificate from one of these authorities can connect (mutual TLS)."""
+    client_names: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Of these, only those with one of these names in their certificate may call; empty: all of them."""
+
+    @model_validator(mode="after")
+    def _names_are_checked(self) -> ServerTls:
+        if self.client_names and self.client_ca is None:
+            raise ValueError("client_names: needs client_ca, without which clients show no certificate")
+        return self
+
+
+class ClientTls(BaseModel):
+    """How a client knows the server, and proves who it is itself. Without any key: as browsers do."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ca: Path | None = None
+    """PEM file: authorities that may have signed the server's certificate; default: the public ones that gRPC has."""
+    certificate: Path | None = None
+    """PEM file: the certificate to show to a server that asks for one (mutual TLS)."""
+    key: Path | None = None
+    """PEM file: its private key, not encrypted."""
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> ClientTls:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("give certificate and key, or neither")
+        return self
+
+
+def exposure_problem(listen: str, *, tls: ServerTls | None, tokens: bool, allow_insecure: bool) -> str | None:
+    """Why a server must not listen at `listen` (as `parse_listen` takes it), or None.
+
+    What other machines can reach must be encrypted, and must ask callers who they are.
+    """
+    if allow_insecure or not parse_listen(listen).public:
+        return None
+    if tls is not None and (tokens or tls.client_ca is not None):
+        return None
+    missing = "tls" if tls is None else "tokens or tls.client_ca"
+    return f"{listen} can be reached from other machines, but {missing} is not given"
 
 
 class ExpertSettings(BaseModel):
@@ -65,11 +107,15 @@ class ExpertSettings(BaseModel):
     """An expert that takes longer over one step counts as hung and is started again."""
     address: Annotated[str, Field(min_length=1)] | None = None
     """gRPC address of an expert that runs already; it is used instead of starting one."""
+    tls: ClientTls | None = None
+    """How to reach that expert; default: without encryption."""
 
     @model_validator(mode="after")
     def _startable_or_running(self) -> ExpertSettings:
         if self.model is None and self.address is None:
             raise ValueError("give model (to start the expert) or address (of one that runs)")
+        if self.tls is not None and self.address is None:
+            raise ValueError("tls: is for an expert with an address; one that is started here has a private socket")
         return self
 
 
@@ -79,6 +125,12 @@ class CoordinatorSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     listen: Annotated[str, AfterValidator(_listen_address)] = DEFAULT_LISTEN
+    tls: ServerTls | None = None
+    """Encryption of the public port; default: none."""
+    tokens: Path | None = None
+    """File of `token-swarm tokens`: every call needs one of its bearer tokens; default: none is asked for."""
+    allow_insecure: bool = False
+    """Listen where other machines can reach the server, even without encryption or without knowing who calls."""
     particles: Path | None = None
     """Folder of particle JSON files that requests may name."""
     rule: Literal["linear", "log-linear"] = "log-linear"
@@ -130,6 +182,19 @@ class Settings(BaseSettings):
         """Order of precedence, strongest first; the file comes in by `load_settings`."""
         del settings_cls, dotenv_settings, file_secret_settings
         return init_settings, env_settings
+
+    @model_validator(mode="after")
+    def _strangers_stay_out(self) -> Settings:
+        mine = self.coordinator
+        problem = exposure_problem(
+            mine.listen, tls=mine.tls, tokens=mine.tokens is not None, allow_insecure=mine.allow_insecure
+        )
+        if problem is not None:
+            raise ValueError(
+                f"coordinator.listen: {problem}; listen on 127.0.0.1 or a UNIX socket, give coordinator.tls with "
+                "coordinator.tokens or tls.client_ca, or set coordinator.allow_insecure"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_name_experts(self) -> Settings:

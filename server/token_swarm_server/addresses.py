@@ -1,0 +1,63 @@
+"""Where a server may listen: one reading of `host:port` and `unix:/path` for every server of the project."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNIX = "unix:"
+# sun_path of the kernel, less its final zero.
+_SOCKET_PATH_BYTES = 107
+LISTEN_ALLOWED = (
+    f"{_UNIX}/absolute/path of less than {_SOCKET_PATH_BYTES + 1} bytes, or host:port (host: localhost or an IP "
+    "address such as 127.0.0.1 or [::1]; port 0: any free one)"
+)
+
+
+@dataclass(frozen=True)
+class ListenAddress:
+    """An address to listen on. `path`: of a UNIX socket, or None; then `host` (IPv6 without brackets) and `port` count.
+
+    `public`: whether other machines could reach it.
+    """
+
+    path: Path | None
+    host: str
+    port: int
+    public: bool
+
+
+def parse_listen(value: str) -> ListenAddress:
+    """Read an address to listen on. Raises ValueError, whose message says what is allowed, starting with "must be"."""
+    if value.startswith(_UNIX):
+        path = value.removeprefix(_UNIX)
+        if not path.startswith("/") or "\0" in path or len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+            raise ValueError(f"must be {LISTEN_ALLOWED}")
+        return ListenAddress(Path(path), "", 0, public=False)
+    host, _, port = value.rpartition(":")
+    if not (port.isascii() and port.isdecimal()) or len(port) > 5 or int(port) > 65535:
+        raise ValueError(f"must be {LISTEN_ALLOWED}")
+    if host == "localhost":
+        return ListenAddress(None, host, int(port), public=False)
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        address = ipaddress.ip_address(host[1:-1] if bracketed else host)
+    except ValueError:
+        # A name would be looked up when the server starts, and nothing says what it will mean then.
+        raise ValueError(f"must be {LISTEN_ALLOWED}") from None
+    if bracketed != (address.version == 6):
+        raise ValueError(f"must be {LISTEN_ALLOWED}")
+    return ListenAddress(None, str(address), int(port), public=not address.is_loopback)
+
+
+def stays_on_this_machine(target: str) -> bool:
+    """Whether what is sent to `target`, a gRPC address to connect to, never leaves this machine.
+
+    A name other than localhost does not count, whatever it resolves to.
+    """
+    try:
+        return not parse_listen(target).public
+    except ValueError:
+        return False
