@@ -7,6 +7,7 @@ All of it runs in the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import Literal, NamedTuple
 from google.rpc import code_pb2
 
 from token_swarm_server.errors import to_status
+
+logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 64
 """Characters of a client's request id that are kept."""
@@ -84,6 +87,9 @@ class Sink:
     def text(self, watch: Watch, n_bytes: int, gap: float | None) -> None:
         """It wrote `n_bytes`, `gap` seconds after the piece before; None for the first piece."""
 
+    def mixed(self, seconds: float) -> None:
+        """The coordinator worked so long on the logits of one round of forwards."""
+
     def request_finished(self, watch: Watch) -> None:
         """It is over, whatever its status."""
 
@@ -105,8 +111,8 @@ class Watch:
     """
 
     __slots__ = (
-        "_last", "_sinks", "admitted_at", "deadline", "ended_at", "experts", "first_text_at", "id", "kind", "length",
-        "metadata", "mixing", "outcome", "pieces", "prompt_bytes", "prompt_tokens", "rule", "started_at", "state",
+        "_first_length", "_last", "_sinks", "admitted_at", "deadline", "ended_at", "experts", "first_text_at", "id", "kind", "length",
+        "metadata", "mixing", "outcome", "pieces", "prompt_bytes", "prompt_tokens", "rule", "started_at",
         "status", "unit", "weights",
     )  # fmt: skip
 
@@ -121,6 +127,7 @@ class Watch:
     ) -> None:
         self._sinks = sinks
         self._last: float | None = None
+        self._first_length = 0
         self.kind = kind
         self.id = request_id(given_id)
         self.prompt_bytes = prompt_bytes
@@ -145,8 +152,6 @@ class Watch:
         self.outcome: Outcome | None = None
         self.status = ""
         """Name of the gRPC status; empty while the request runs."""
-        self.state: dict[Sink, object] = {}
-        """What sinks keep with the request."""
 
     def planned(self, rule: str, unit: str, weights: Mapping[str, float]) -> None:
         """The mixture is known: `linear` or `log-linear`; token, byte or union; weight by expert."""
@@ -174,8 +179,10 @@ class Watch:
         times.tokens += tokens
 
     def mixed(self, seconds: float) -> None:
-        """The coordinator worked so long on logits."""
+        """The coordinator worked so long on the logits of one round of forwards."""
         self.mixing += seconds
+        for sink in self._sinks:
+            sink.mixed(seconds)
 
     def text(self, n_bytes: int) -> None:
         """A piece of text is complete."""
@@ -186,12 +193,20 @@ class Watch:
         self.pieces += 1
         if last is None:
             self.first_text_at = now
+            self._first_length = n_bytes
         for sink in self._sinks:
             sink.text(self, n_bytes, None if last is None else now - last)
 
     def finished(self, outcome: Outcome) -> None:
         """The text ended as it should. The request ends when the context is left."""
         self.outcome = outcome
+
+    @property
+    def seconds_per_byte(self) -> float | None:
+        """Mean over the bytes after the first piece. None: there are none."""
+        if self._last is None or self.first_text_at is None or self.length == self._first_length:
+            return None
+        return (self._last - self.first_text_at) / (self.length - self._first_length)
 
     def __enter__(self) -> Watch:
         for sink in self._sinks:
@@ -204,7 +219,11 @@ class Watch:
         self.ended_at = time.perf_counter()
         self.status = self._status(error)
         for sink in self._sinks:
-            sink.request_finished(self)
+            try:
+                sink.request_finished(self)
+            except Exception:
+                # A text that is complete does not fail because nobody could be told of it.
+                logger.exception("%s could not record request %s", type(sink).__name__, self.id)
 
     def _status(self, error: BaseException | None) -> str:
         if error is None:
