@@ -6,6 +6,7 @@ import os
 
 import typer
 
+from token_swarm_server.cli.bench import bench
 from token_swarm_server.cli.demo import demo
 from token_swarm_server.cli.doctor import doctor
 from token_swarm_server.cli.errors import Group
@@ -29,6 +30,7 @@ app = typer.Typer(
 for command in (demo, serve, generate, score, search, expert, health, doctor):
     app.command()(command)
 app.add_typer(particles, name="particles")
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,71 @@
+"""Several loads on one server, the ensemble and each expert alone in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from token_swarm_server.benchmark.load import Load, Stretch, compare, run_load, summarise
+from token_swarm_server.benchmark.plan import ENSEMBLE, Plan
+
+if TYPE_CHECKING:
+    from token_swarm.v1 import swarm_pb2_grpc
+
+_FEWEST_REQUESTS = 4
+_PER_STREAM = 2
+
+
+def request_count(load: Load, requests: int | None) -> int:
+    """Requests of one round: what was asked for, else enough for every stream to send two."""
+    return requests or max(_FEWEST_REQUESTS, _PER_STREAM * (load.concurrency or 1))
+
+
+def turns(
+    plan: Plan, loads: Sequence[Load], experts: Sequence[str], *, alone: bool, requests: int | None, rounds: int
+) -> int:
+    """Requests that `measure_load` sends in all."""
+    mixtures = len(plan.mixtures(experts, alone=alone))
+    return mixtures * (1 + rounds * sum(request_count(load, requests) for load in loads))
+
+
+async def measure_load(
+    stub: swarm_pb2_grpc.SwarmServiceAsyncStub,
+    plan: Plan,
+    loads: Sequence[Load],
+    experts: Sequence[str],
+    *,
+    alone: bool,
+    requests: int | None,
+    rounds: int,
+    seed: int,
+    bounds: Mapping[str, float],
+    done: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """One row per load and mixture, and one comparison per load. A request of each mixture warms up before."""
+    mixtures = plan.mixtures(experts, alone=alone)
+    stretches: dict[tuple[int, str], list[Stretch]] = {}
+    for fields in mixtures.values():
+        await run_load(stub, Load(concurrency=1), [plan.request(fields, seed)], seed=seed, done=done)
+    for number in range(rounds):
+        for index, load in enumerate(loads):
+            count = request_count(load, requests)
+            for name, fields in mixtures.items():
+                # The same prompts and arrivals for every mixture; others in the next round.
+                first = seed + 1 + number * count
+                batch = [plan.request(fields, first + offset) for offset in range(count)]
+                stretch = await run_load(stub, load, batch, seed=first, done=done)
+                stretches.setdefault((index, name), []).append(stretch)
+    rows, ratios = [], []
+    for (index, name), own in stretches.items():
+        head = {"load": str(loads[index]), "concurrency": loads[index].concurrency, "rate": loads[index].rate}
+        rows.append({**head, "mixture": name, **summarise(own, bounds)})
+        if name == ENSEMBLE and alone and all(stretch.samples for each in stretches.values() for stretch in each):
+            singles = {expert: stretches[index, expert] for expert in experts}
+            ratios.append({"load": str(loads[index]), **compare(own, singles)})
+    return {
+        "prompt_bytes": plan.prompt_bytes,
+        "max_bytes": plan.max_bytes,
+        "rounds": rounds,
+        "rows": rows,
+        "ratios": ratios,
+    }
