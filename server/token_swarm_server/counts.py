@@ -1,6 +1,6 @@
 """Totals and distributions since the server started: what /metrics and GetStatus are made of.
 
-Counting is a few additions to plain numbers: a text is counted with every piece. prometheus_client's own metrics take a
+Counting is a few additions to plain numbers: a text is counted with every chunk. prometheus_client's own metrics take a
 lock per bucket and 1.3 us per value; here its collector reads these numbers when it is asked (`metrics.py`).
 """
 
@@ -22,6 +22,8 @@ FIRST_BYTE_SECONDS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
 )  # fmt: skip
+# 1, 2, 5 and so on.
+REQUEST_BYTES = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))
 # A byte is a fraction of a token, so three edges come before vLLM's for tokens.
 INTER_BYTE_SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -34,7 +36,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Histogram:
-    """Counts values by size. `counts[i]` values are at most `bounds[i]` and above the bound before; the last has none."""
+    """Counts values by size: `counts[i]` are at most `bounds[i]` and above the bound before; the last has no bound."""
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -89,9 +91,14 @@ class RequestCounts:
     queue: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
     first_byte: Histogram = field(default_factory=lambda: Histogram(FIRST_BYTE_SECONDS))
     mixing: Histogram = field(default_factory=lambda: Histogram(MIXING_SECONDS))
-    inter_piece: Histogram = field(default_factory=lambda: Histogram(INTER_BYTE_SECONDS))
+    inter_chunk: Histogram = field(default_factory=lambda: Histogram(INTER_BYTE_SECONDS))
     per_byte: Histogram = field(default_factory=lambda: Histogram(INTER_BYTE_SECONDS))
     total: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    inference: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    prefill: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    decode: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    prompt_size: Histogram = field(default_factory=lambda: Histogram(REQUEST_BYTES))
+    text_size: Histogram = field(default_factory=lambda: Histogram(REQUEST_BYTES))
 
 
 @dataclass
@@ -141,11 +148,11 @@ class Counts(Sink):
             self.experts[name].prompt_tokens += tokens
 
     def text(self, watch: Watch, n_bytes: int, gap: float | None) -> None:
-        """Count a piece of text."""
+        """Count a chunk of text."""
         requests = self.requests
         requests.text_bytes += n_bytes
         if gap is not None:
-            requests.inter_piece.add(gap)
+            requests.inter_chunk.add(gap)
         else:
             assert watch.first_text_at is not None
             requests.first_byte.add(watch.first_text_at - watch.started_at)
@@ -157,14 +164,11 @@ class Counts(Sink):
     def request_finished(self, watch: Watch) -> None:
         """Count how it ended, and where its time went."""
         requests = self.requests
+        assert watch.ended_at is not None
         if watch.admitted_at is None:
             requests.waiting -= 1
         else:
             requests.running -= 1
-        assert watch.ended_at is not None
-        requests.total.add(watch.ended_at - watch.started_at)
-        if (per_byte := watch.seconds_per_byte) is not None:
-            requests.per_byte.add(per_byte)
         outcome = watch.outcome
         if watch.status != "OK" or outcome is None:
             requests.failed[watch.status] = requests.failed.get(watch.status, 0) + 1
@@ -174,6 +178,17 @@ class Counts(Sink):
         requests.dropped += len(outcome.dropped)
         for name, tokens in outcome.tokens.items():
             self.experts[name].tokens_out += tokens
+        requests.total.add(watch.ended_at - watch.started_at)
+        requests.prompt_size.add(watch.prompt_bytes)
+        if watch.kind == "generate":
+            requests.text_size.add(watch.length)
+        if watch.admitted_at is not None:
+            requests.inference.add(watch.ended_at - watch.admitted_at)
+            if watch.first_text_at is not None and watch.last_text_at is not None:
+                requests.prefill.add(watch.first_text_at - watch.admitted_at)
+                requests.decode.add(watch.last_text_at - watch.first_text_at)
+        if (per_byte := watch.seconds_per_byte) is not None:
+            requests.per_byte.add(per_byte)
 
     def step(self, step: Step) -> None:
         """Count a step."""

@@ -85,7 +85,7 @@ class Sink:
         """It holds KV on all its experts."""
 
     def text(self, watch: Watch, n_bytes: int, gap: float | None) -> None:
-        """It wrote `n_bytes`, `gap` seconds after the piece before; None for the first piece."""
+        """It wrote `n_bytes`, `gap` seconds after the chunk before; None for the first chunk."""
 
     def mixed(self, seconds: float) -> None:
         """The coordinator worked so long on the logits of one round of forwards."""
@@ -111,8 +111,8 @@ class Watch:
     """
 
     __slots__ = (
-        "_first_length", "_last", "_sinks", "admitted_at", "deadline", "ended_at", "experts", "first_text_at", "id", "kind", "length",
-        "metadata", "mixing", "outcome", "pieces", "prompt_bytes", "prompt_tokens", "rule", "started_at",
+        "_first_length", "_sinks", "admitted_at", "chunks", "deadline", "ended_at", "experts", "first_text_at", "id", "kind",
+        "last_text_at", "length", "metadata", "mixing", "outcome", "prompt_bytes", "prompt_tokens", "rule", "started_at",
         "status", "unit", "weights",
     )  # fmt: skip
 
@@ -126,7 +126,6 @@ class Watch:
         deadline: float | None,
     ) -> None:
         self._sinks = sinks
-        self._last: float | None = None
         self._first_length = 0
         self.kind = kind
         self.id = request_id(given_id)
@@ -144,10 +143,11 @@ class Watch:
         """Seconds from an expert's logits to the next forwards or text."""
         self.length = 0
         """Bytes of text written."""
-        self.pieces = 0
+        self.chunks = 0
         self.started_at = time.perf_counter()
         self.admitted_at: float | None = None
         self.first_text_at: float | None = None
+        self.last_text_at: float | None = None
         self.ended_at: float | None = None
         self.outcome: Outcome | None = None
         self.status = ""
@@ -185,12 +185,12 @@ class Watch:
             sink.mixed(seconds)
 
     def text(self, n_bytes: int) -> None:
-        """A piece of text is complete."""
+        """A chunk of text is complete."""
         now = time.perf_counter()
-        last = self._last
-        self._last = now
+        last = self.last_text_at
+        self.last_text_at = now
         self.length += n_bytes
-        self.pieces += 1
+        self.chunks += 1
         if last is None:
             self.first_text_at = now
             self._first_length = n_bytes
@@ -203,10 +203,10 @@ class Watch:
 
     @property
     def seconds_per_byte(self) -> float | None:
-        """Mean over the bytes after the first piece. None: there are none."""
-        if self._last is None or self.first_text_at is None or self.length == self._first_length:
+        """Mean over the bytes after the first chunk. None: there are none."""
+        if self.last_text_at is None or self.first_text_at is None or self.length == self._first_length:
             return None
-        return (self._last - self.first_text_at) / (self.length - self._first_length)
+        return (self.last_text_at - self.first_text_at) / (self.length - self._first_length)
 
     def __enter__(self) -> Watch:
         for sink in self._sinks:

@@ -1110,7 +1110,7 @@ class RequestStatus(_message.Message):
     MIXING_SECONDS_FIELD_NUMBER: _builtins.int
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     FIRST_BYTE_SECONDS_FIELD_NUMBER: _builtins.int
-    INTER_PIECE_SECONDS_FIELD_NUMBER: _builtins.int
+    INTER_CHUNK_SECONDS_FIELD_NUMBER: _builtins.int
     SECONDS_PER_BYTE_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
@@ -1141,15 +1141,15 @@ class RequestStatus(_message.Message):
 
     @_builtins.property
     def first_byte_seconds(self) -> Global___Histogram:
-        """From arrival until the first piece of text, in seconds."""
+        """From arrival until the first chunk, in seconds."""
 
     @_builtins.property
-    def inter_piece_seconds(self) -> Global___Histogram:
-        """Between two pieces of a text, in seconds. A piece has one byte or more."""
+    def inter_chunk_seconds(self) -> Global___Histogram:
+        """Between two chunks of a text, in seconds. A chunk has one byte or more."""
 
     @_builtins.property
     def seconds_per_byte(self) -> Global___Histogram:
-        """Per byte after the first piece, one value a request, in seconds."""
+        """Per byte after the first chunk, one value a request, in seconds."""
 
     @_builtins.property
     def total_seconds(self) -> Global___Histogram:
@@ -1168,13 +1168,13 @@ class RequestStatus(_message.Message):
         mixing_seconds: _builtins.float = ...,
         queue_seconds: Global___Histogram | None = ...,
         first_byte_seconds: Global___Histogram | None = ...,
-        inter_piece_seconds: Global___Histogram | None = ...,
+        inter_chunk_seconds: Global___Histogram | None = ...,
         seconds_per_byte: Global___Histogram | None = ...,
         total_seconds: Global___Histogram | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first_byte_seconds", b"first_byte_seconds", "inter_piece_seconds", b"inter_piece_seconds", "queue_seconds", b"queue_seconds", "seconds_per_byte", b"seconds_per_byte", "total_seconds", b"total_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_byte_seconds", b"first_byte_seconds", "inter_chunk_seconds", b"inter_chunk_seconds", "queue_seconds", b"queue_seconds", "seconds_per_byte", b"seconds_per_byte", "total_seconds", b"total_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "first_byte_seconds", b"first_byte_seconds", "inter_piece_seconds", b"inter_piece_seconds", "mixing_seconds", b"mixing_seconds", "prompt_bytes", b"prompt_bytes", "queue_seconds", b"queue_seconds", "received", b"received", "running", b"running", "seconds_per_byte", b"seconds_per_byte", "succeeded", b"succeeded", "text_bytes", b"text_bytes", "total_seconds", b"total_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "first_byte_seconds", b"first_byte_seconds", "inter_chunk_seconds", b"inter_chunk_seconds", "mixing_seconds", b"mixing_seconds", "prompt_bytes", b"prompt_bytes", "queue_seconds", b"queue_seconds", "received", b"received", "running", b"running", "seconds_per_byte", b"seconds_per_byte", "succeeded", b"succeeded", "text_bytes", b"text_bytes", "total_seconds", b"total_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
