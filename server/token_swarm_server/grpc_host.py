@@ -1,16 +1,49 @@
-"""What every gRPC server of the project has: a bound address, health checks, reflection, and a signal to stop."""
+"""What every gRPC server of the project has: a bound address, authentication, health checks, reflection, and a signal
+to stop."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import signal
-from collections.abc import Sequence
+import socket
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from token_swarm.errors import BadParameter
+from token_swarm_server.addresses import LISTEN_ALLOWED, parse_listen
+from token_swarm_server.auth import Authentication
+from token_swarm_server.settings import ServerTls, exposure_problem
+from token_swarm_server.tls import server_credentials
+from token_swarm_server.tokens import TokenStore
+
+# For a client that connects and says nothing; gRPC's own default is two minutes.
+_HANDSHAKE_MS = 10_000
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may reach a server, and how. `tokens`: a file of `token-swarm tokens`, or None: no token is asked for.
+
+    `allow_insecure`: listen even where strangers could come in or listen along. `field`: the table that holds these
+    keys, as errors name it, with the dot that follows.
+    """
+
+    tls: ServerTls | None = None
+    tokens: Path | None = None
+    allow_insecure: bool = False
+    field: str = ""
+
+
+LOCAL = Access()
+"""Whoever can reach the address may call: for addresses that stay on this machine."""
 
 
 class GrpcHost:
@@ -26,48 +59,123 @@ class GrpcHost:
         *,
         field: str,
         max_message_bytes: int,
+        access: Access = LOCAL,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),  # type: ignore[type-arg]  # not generic at run time
     ) -> None:
+        """Raises BadParameter for an address or for files of `access` that cannot be used."""
+        _check_address(address, field, access)
         self.address = address
         self._service = service
         self._field = field
+        self._access = access
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+        self._tokens = None if access.tokens is None else TokenStore(access.tokens, f"{access.field}tokens")
+        names = access.tls.client_names if access.tls else ()
+        guards = [Authentication(self._tokens, names)] if self._tokens or names else []
         self.server = grpc.aio.server(
             options=(
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 # Otherwise a second server binds the same port without an error and steals half of the connections.
                 ("grpc.so_reuseport", 0),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
             ),
-            interceptors=list(interceptors),
+            # The first one sees a call first: nothing of a stranger's request is looked at.
+            interceptors=[*guards, *interceptors],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
-        names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self.server)
+        services = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, self.server)
 
     def bind(self) -> None:
-        """Take the address; it then holds the port that was chosen. Raises BadParameter if it is taken."""
+        """Take the address; it then holds the port that was chosen.
+
+        Raises BadParameter if it is taken, and for TLS files that cannot be used.
+        """
+        tls = self._access.tls
+        credentials = None if tls is None else server_credentials(tls, f"{self._access.field}tls")
         try:
-            port = self.server.add_insecure_port(self.address)
+            with _private_sockets():
+                if credentials is None:
+                    port = self.server.add_insecure_port(self.address)
+                else:
+                    port = self.server.add_secure_port(self.address, credentials)
         except RuntimeError as error:
             raise BadParameter(self._field, self.address, "free to listen on") from error
         if not self.address.startswith("unix:"):
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
 
+    def reload(self) -> None:
+        """Read the tokens again, should the change of their file have gone unseen. Certificates need no telling."""
+        if self._tokens is not None:
+            self._tokens.reload()
+
     async def start(self) -> None:
         """Answer, and say so to health checks."""
         await self.server.start()
+        await self.set_serving(True)
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health checks say from now on; without effect after `announce_stop`."""
+        status = health_pb2.HealthCheckResponse
         for name in ("", self._service):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def announce_stop(self) -> None:
         """Tell health checks that the end is near."""
         await self._health.enter_graceful_shutdown()
 
 
+def _check_address(address: str, field: str, access: Access) -> None:
+    """Raise BadParameter if nobody could, or `access` says that nobody should, listen there.
+
+    Makes the folder of a UNIX socket, for this user alone.
+    """
+    try:
+        listen = parse_listen(address)
+    except ValueError as error:
+        raise BadParameter(field, address, LISTEN_ALLOWED) from error
+    problem = exposure_problem(
+        address, tls=access.tls, tokens=access.tokens is not None, allow_insecure=access.allow_insecure
+    )
+    if problem is not None:
+        raise BadParameter(
+            field, address, f"unix:PATH or a loopback address without TLS, known callers or --allow-insecure: {problem}"
+        )
+    if listen.path is None:
+        return
+    listen.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # gRPC would silently take the socket away from a server that listens there.
+    with socket.socket(socket.AF_UNIX) as probe:
+        if (
+            listen.path.exists()
+            and stat.S_ISSOCK(listen.path.stat().st_mode)
+            and probe.connect_ex(str(listen.path)) == 0
+        ):
+            raise BadParameter(field, address, "an address where no other server listens")
+
+
+@contextlib.contextmanager
+def _private_sockets() -> Iterator[None]:
+    """Inside, new UNIX sockets have mode 0600 from their first moment on: who may write to one may call.
+
+    The mask is the whole process's; a file that another thread makes meanwhile is more private than it had to be.
+    """
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def on_signals(*numbers: signal.Signals) -> asyncio.Event:
+    """An event that these signals set from now on."""
+    event = asyncio.Event()
+    for number in numbers:
+        asyncio.get_running_loop().add_signal_handler(number, event.set)
+    return event
+
+
 def stop_signal() -> asyncio.Event:
     """An event that SIGTERM and SIGINT set from now on."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
+    return on_signals(signal.SIGTERM, signal.SIGINT)
