@@ -11,8 +11,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from token_swarm.decoding.request import FinishReason
 from token_swarm_server.observer import Sink, Step, Watch
 
+REASONS = (*(reason.name.lower() for reason in FinishReason), "scored")
 # Edges in seconds, as vLLM has them, so that its dashboards and alerts carry over.
 REQUEST_SECONDS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
@@ -78,8 +80,8 @@ class RequestCounts:
     """Requests. Seconds as in the histograms of GetStatus."""
 
     received: int = 0
-    succeeded: dict[str, int] = field(default_factory=dict)
-    """By finish reason."""
+    succeeded: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    """By finish reason, `scored` for a score."""
     failed: dict[str, int] = field(default_factory=dict)
     """By name of the gRPC status."""
     running: int = 0

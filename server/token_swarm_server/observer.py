@@ -111,9 +111,9 @@ class Watch:
     """
 
     __slots__ = (
-        "_first_length", "_sinks", "admitted_at", "chunks", "deadline", "ended_at", "experts", "first_text_at", "id", "kind",
-        "last_text_at", "length", "metadata", "mixing", "outcome", "prompt_bytes", "prompt_tokens", "rule", "started_at",
-        "status", "unit", "weights",
+        "_first_length", "_sinks", "admitted_at", "chunks", "deadline", "ended_at", "experts", "first_text_at", "id",
+        "kind", "last_text_at", "length", "metadata", "mixing", "outcome", "prompt_bytes", "prompt_tokens", "rule",
+        "started_at", "status", "unit", "weights",
     )  # fmt: skip
 
     def __init__(
