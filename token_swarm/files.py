@@ -11,10 +11,11 @@ from typing import IO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends well, and leaves no trace when it does not.
 
-    Makes the folder. Raises OSError as writing does.
+    `mode`: of the file; by default it is for whoever may read the folder. Makes the folder. Raises OSError as writing
+    does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -23,8 +24,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            # A temporary file is private; this one is for whoever may read the folder.
-            temporary.chmod(0o644)
+            # Until here it is private, as every temporary file.
+            temporary.chmod(mode)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import stat
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +13,13 @@ from typing import Any
 
 import grpc
 
-from token_swarm.errors import BadParameter, FailedPrecondition
+from token_swarm.errors import FailedPrecondition
 from token_swarm.experts.contract import Expert
 from token_swarm.v1 import expert_pb2, expert_pb2_grpc
 from token_swarm_server import errors, transport, wire
 from token_swarm_server.errors import TransportError
 from token_swarm_server.expert_worker import ExpertWorker, Stream
-from token_swarm_server.grpc_host import GrpcHost, stop_signal
+from token_swarm_server.grpc_host import LOCAL, Access, GrpcHost, stop_signal
 
 logger = logging.getLogger(__name__)
 
@@ -158,33 +155,15 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
         return bool(answer.mapped.success)
 
 
-def _prepare_address(address: str) -> str:
-    """Check where to listen. Raises BadParameter; makes the private directory of a UNIX socket."""
-    allowed = "unix:/absolute/path of less than 108 bytes, 127.0.0.1:port, localhost:port or [::1]:port"
-    scheme, _, rest = address.partition(":")
-    if scheme == "unix":
-        path = Path(rest)
-        if not path.is_absolute() or len(os.fsencode(rest)) > 107:
-            raise BadParameter("address", address, allowed)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # gRPC would silently take the socket away from a server that listens there.
-        with socket.socket(socket.AF_UNIX) as probe:
-            if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and probe.connect_ex(rest) == 0:
-                raise BadParameter("address", address, "an address where no other server listens")
-        return address
-    host, _, port = address.rpartition(":")
-    if host not in ("127.0.0.1", "localhost", "[::1]") or not port.isdecimal() or int(port) > 65535:
-        raise BadParameter("address", address, allowed)
-    return address
-
-
 class ExpertServer:
     """One expert behind one address, from `start` to `stop`."""
 
-    def __init__(self, expert: Expert, address: str, *, directory: Path = Path("/dev/shm")) -> None:
-        """`address`: unix:PATH, or loopback host:port (0: any). `directory`: memory-backed.
+    def __init__(
+        self, expert: Expert, address: str, *, directory: Path = Path("/dev/shm"), access: Access = LOCAL
+    ) -> None:
+        """`address`: unix:PATH, or host:port (0: any). `directory`: memory-backed.
 
-        Raises BadParameter for an address that cannot be used.
+        Raises BadParameter for an address that cannot be used, or not with this `access`.
         """
         spec = expert.spec
         row_bytes = spec.vocabulary.width * spec.dtype.itemsize
@@ -194,8 +173,9 @@ class ExpertServer:
         self._servicer = _Servicer(expert, self._worker, max_rows, directory)
         self._host = GrpcHost(
             SERVICE,
-            _prepare_address(address),
+            address,
             field="address",
+            access=access,
             max_message_bytes=transport.MAX_MESSAGE_BYTES,
         )
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._host.server)
@@ -225,6 +205,7 @@ async def serve(
     address: str,
     *,
     directory: Path = Path("/dev/shm"),
+    access: Access = LOCAL,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Host `expert` until SIGTERM or SIGINT; `on_ready` is called with the address once it answers.
@@ -232,7 +213,7 @@ async def serve(
     Raises BadParameter for an address that cannot be used or is taken.
     """
     stopping = stop_signal()
-    server = ExpertServer(expert, address, directory=directory)
+    server = ExpertServer(expert, address, directory=directory, access=access)
     await server.start()
     try:
         if on_ready is not None:

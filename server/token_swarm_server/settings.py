@@ -26,6 +26,10 @@ DEFAULT_LISTEN = "127.0.0.1:50061"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
+_CHUNK_ON_CPU = 32
+_CHUNK_ELSEWHERE = 512
+
+
 def _listen_address(value: str) -> str:
     parse_listen(value)
     return value
@@ -78,10 +82,12 @@ def exposure_problem(listen: str, *, tls: ServerTls | None, tokens: bool, allow_
     """
     if allow_insecure or not parse_listen(listen).public:
         return None
-    if tls is not None and (tokens or tls.client_ca is not None):
-        return None
-    missing = "tls" if tls is None else "tokens or tls.client_ca"
-    return f"{listen} can be reached from other machines, but {missing} is not given"
+    problems = []
+    if tls is None:
+        problems.append("is not encrypted")
+    if not tokens and (tls is None or tls.client_ca is None):
+        problems.append("lets everybody call")
+    return f"{listen} can be reached from other machines, but {' and '.join(problems)}" if problems else None
 
 
 class ExpertSettings(BaseModel):
@@ -109,6 +115,11 @@ class ExpertSettings(BaseModel):
     """gRPC address of an expert that runs already; it is used instead of starting one."""
     tls: ClientTls | None = None
     """How to reach that expert; default: without encryption."""
+
+    @property
+    def chunk(self) -> int:
+        """`prefill_chunk`, or its default."""
+        return self.prefill_chunk or (_CHUNK_ON_CPU if self.device == "cpu" else _CHUNK_ELSEWHERE)
 
     @model_validator(mode="after")
     def _startable_or_running(self) -> ExpertSettings:
