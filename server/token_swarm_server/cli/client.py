@@ -12,31 +12,54 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
+from token_swarm_server.addresses import stays_on_this_machine
+from token_swarm_server.channels import PUBLIC_OPTIONS, open_channel
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError
-from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES
+from token_swarm_server.cli.options import PLAIN, Credentials
 
-_OPTIONS = (
-    ("grpc.max_send_message_length", PUBLIC_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", PUBLIC_MESSAGE_BYTES),
-    # Otherwise http_proxy in the environment diverts loopback connections.
-    ("grpc.enable_http_proxy", 0),
-)
 _BAD_INPUT_CODES = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNAUTHENTICATED,
 )
+# What grpc says of a connection that did not come about, and what it means.
+_HANDSHAKES = (
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not from an authority of --tls-ca"),
+    ("Hostname Verification", "its certificate is for another name than that of the address"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS; leave the --tls flags out"),
+)
+_CLOSED = "Socket closed"
 
 
 @asynccontextmanager
-async def connect(address: str) -> AsyncIterator[swarm_pb2_grpc.SwarmServiceAsyncStub]:
-    """A stub for the server at `address`; inside, failed calls raise CliError."""
-    async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+async def connect(
+    address: str, credentials: Credentials = PLAIN
+) -> AsyncIterator[swarm_pb2_grpc.SwarmServiceAsyncStub]:
+    """A stub for the server at `address`; inside, failed calls raise CliError.
+
+    Raises CliError for a token that others could read on its way, and BadParameter for bad TLS files.
+    """
+    async with open_public_channel(address, credentials) as channel:
         stub: swarm_pb2_grpc.SwarmServiceAsyncStub = swarm_pb2_grpc.SwarmServiceStub(channel)
         try:
             yield stub
         except grpc.aio.AioRpcError as error:
-            raise _explain(error, address) from error
+            raise explain(error, address, credentials) from error
+
+
+def open_public_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
+    """A channel to the public service at `address`. Raises as `connect` does."""
+    require_private_token(address, credentials)
+    return open_channel(address, credentials.tls, token=credentials.token, options=PUBLIC_OPTIONS, field="--tls")
+
+
+def require_private_token(address: str, credentials: Credentials) -> None:
+    """Raise CliError for a token that would travel to another machine in the clear."""
+    if credentials.token is not None and credentials.tls is None and not stays_on_this_machine(address):
+        raise CliError(
+            f"--token-file: the token would travel to {address} unencrypted; give --tls-ca (or --tls)", BAD_INPUT
+        )
 
 
 async def stream_text(
@@ -52,21 +75,36 @@ async def stream_text(
     raise CliError("the server ended the stream without a final message", FAILURE)
 
 
-def _explain(error: grpc.aio.AioRpcError, address: str) -> CliError:
+def explain(error: grpc.aio.AioRpcError, address: str, credentials: Credentials = PLAIN) -> CliError:
+    """What a failed call means to the user."""
     code, message = error.code(), error.details() or "no details"
     status = rpc_status.from_call(error)  # type: ignore[arg-type]  # it only needs the three getters it has
     if code is grpc.StatusCode.UNAVAILABLE and status is None:
+        if (reason := _handshake(message, tls=credentials.tls is not None)) is not None:
+            return CliError(f"the server at {address} cannot be talked to: {reason}", BAD_INPUT)
         return CliError(
             f"no server answers at {address}; start one with "
             "`token-swarm serve --config examples/demo.yaml`, or give --config to this command",
             FAILURE,
         )
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        message += "; --token-file names a file with one" if credentials.token is None else "; the one given is not"
     for detail in status.details if status else ():
         request = error_details_pb2.BadRequest()
         if detail.Unpack(request):
             violations = [f"{each.field}: {each.description}" for each in request.field_violations]
             message = "; ".join([message, *(v for v in violations if v.partition(": ")[2] not in message)])
     return CliError(message, BAD_INPUT if code in _BAD_INPUT_CODES else FAILURE)
+
+
+def _handshake(message: str, *, tls: bool) -> str | None:
+    """Why a connection did not come about although somebody listens; None if nobody does."""
+    if "failed to connect" not in message:
+        return None
+    if _CLOSED in message:
+        wanted = "another client certificate (--tls-certificate, --tls-key)" if tls else "TLS (--tls-ca, or --tls)"
+        return f"it closed the connection; it may want {wanted}"
+    return next((meaning for said, meaning in _HANDSHAKES if said in message), None)
 
 
 def plain(message: Message) -> dict[str, Any]:

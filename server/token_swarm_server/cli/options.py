@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +15,7 @@ import typer
 
 from token_swarm.particle import Mixture, Rule
 from token_swarm_server.cli.errors import CliError
-from token_swarm_server.settings import DEFAULT_LISTEN
+from token_swarm_server.settings import DEFAULT_LISTEN, ENV_PREFIX, ClientTls
 
 
 class RuleName(StrEnum):
@@ -31,9 +34,7 @@ class UnitName(StrEnum):
     UNION = "union"
 
 
-Address = Annotated[
-    str | None, typer.Option(help=f"Address of a running server.  [default: {DEFAULT_LISTEN}]")
-]
+Address = Annotated[str | None, typer.Option(help=f"Address of a running server.  [default: {DEFAULT_LISTEN}]")]
 Config = Annotated[
     Path | None, typer.Option(help="YAML file: start a server with it for this call only.", metavar="FILE")
 ]
@@ -49,11 +50,66 @@ UnitOption = Annotated[
         "union: tokens of all vocabularies as strings (GaC, UniTE), approximate, to compare with."
     ),
 ]
-Epsilon = Annotated[
-    float | None, typer.Option(help="Most total variation that a next-byte law may be off; 0: exact.")
-]
+Epsilon = Annotated[float | None, typer.Option(help="Most total variation that a next-byte law may be off; 0: exact.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Render the prompt as the user's turn of a chat.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+# Never a flag with the token itself: every user of the machine sees the flags of every process.
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"File with the token to send; without it the variable {ENV_PREFIX}TOKEN counts.",
+        envvar=f"{ENV_PREFIX}TOKEN_FILE",
+        metavar="FILE",
+    ),
+]
+Tls = Annotated[bool, typer.Option("--tls", help="Encrypt; the flags --tls-... mean it as well.")]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        help="Authorities that may have signed the server's certificate; default: public ones.",
+        envvar=f"{ENV_PREFIX}TLS_CA",
+        metavar="PEM",
+    ),
+]
+TlsCertificate = Annotated[
+    Path | None,
+    typer.Option(help="Certificate to show to the server.", envvar=f"{ENV_PREFIX}TLS_CERTIFICATE", metavar="PEM"),
+]
+TlsKey = Annotated[
+    Path | None, typer.Option(help="Private key of that certificate.", envvar=f"{ENV_PREFIX}TLS_KEY", metavar="PEM")
+]
+# What RFC 6750 allows in a bearer token.
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """How a command reaches a server that runs: encrypted or not, with a token or without."""
+
+    tls: ClientTls | None = None
+    token: str | None = None
+
+
+PLAIN = Credentials()
+"""No encryption and no token: for addresses that stay on this machine."""
+
+
+def credentials(
+    token_file: Path | None, tls: bool, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None
+) -> Credentials:
+    """What the flags and variables say. Raises CliError; its message never holds the token."""
+    token = os.environ.get(f"{ENV_PREFIX}TOKEN")
+    source = f"environment: {ENV_PREFIX}TOKEN"
+    if token_file is not None:
+        source = "--token-file"
+        token = read_text("--token-file", None, token_file).strip()
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise CliError(f"{source}: holds no token; allowed is one word of letters, digits and - . _ ~ + / =")
+    if (tls_certificate is None) != (tls_key is None):
+        raise CliError("--tls-certificate: give it and --tls-key, or neither")
+    if not (tls or tls_ca or tls_certificate):
+        return Credentials(None, token)
+    return Credentials(ClientTls(ca=tls_ca, certificate=tls_certificate, key=tls_key), token)
 
 
 def parse_weights(text: str, rule: Rule) -> Mixture:
@@ -81,9 +137,7 @@ def mixing_fields(weights: str | None, particle: str | None, rule: RuleName | No
 
     fields: dict[str, Any] = {}
     if particle is not None and (weights is not None or rule is not None):
-        raise CliError(
-            "--particle: a particle has weights and a rule of its own; leave out --weights and --rule"
-        )
+        raise CliError("--particle: a particle has weights and a rule of its own; leave out --weights and --rule")
     if particle is not None:
         fields["particle"] = particle
     elif weights is not None:
