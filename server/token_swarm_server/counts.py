@@ -105,8 +105,9 @@ class RequestCounts:
 
 @dataclass
 class ExpertCounts:
-    """One expert's work. `tokens_out`: of its vocabulary, in the finished texts."""
+    """One expert's work. `lost`: how often it went away. `tokens_out`: of its vocabulary, in the finished texts."""
 
+    lost: int = 0
     steps: int = 0
     submissions: int = 0
     rows: int = 0
@@ -205,3 +206,8 @@ class Counts(Sink):
         counts.transport.add(step.seconds - step.compute)
         counts.batch.add(step.batch)
         counts.step_tokens.add(step.tokens)
+
+    def expert_changed(self, expert: str, state: str, reason: str) -> None:
+        """Count how often an expert was lost."""
+        del reason
+        self.experts[expert].lost += state == "down"

@@ -50,6 +50,7 @@ _EXPERT_HISTOGRAMS = (
     ("expert_step_tokens", "Tokens that were given to sequences in one step.", "step_tokens"),
 )
 _EXPERT_COUNTERS = (
+    ("expert_lost", "Times an expert died, hung, or answered nonsense.", "lost"),
     ("expert_submissions", "Calls of requests that steps were made of.", "submissions"),
     ("expert_logit_rows", "Logit rows that came back.", "rows"),
     ("expert_transport_bytes", "Bytes of logits that came back.", "transport_bytes"),

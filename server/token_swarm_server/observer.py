@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 MAX_REQUEST_ID = 64
 """Characters of a client's request id that are kept."""
 
+_TRACE_KEYS = ("traceparent", "tracestate")
+
 
 def request_id(given: str) -> str:
     """The id of a request in logs and traces: what the client gave without unprintable characters, or a new one.
@@ -55,12 +57,15 @@ class Step(NamedTuple):
 
 @dataclass(slots=True)
 class ExpertTime:
-    """What one expert did for one request. Seconds: waiting for a step, in the model, and travelling."""
+    """What one expert did for one request. Seconds: waiting for a step, in the model, and travelling.
+
+    `calls`: answered submissions. `tokens`: that they fed.
+    """
 
     queue: float = 0.0
     compute: float = 0.0
     transport: float = 0.0
-    steps: int = 0
+    calls: int = 0
     tokens: int = 0
 
 
@@ -111,9 +116,9 @@ class Watch:
     """
 
     __slots__ = (
-        "_first_length", "_sinks", "admitted_at", "chunks", "deadline", "ended_at", "experts", "first_text_at", "id",
-        "kind", "last_text_at", "length", "metadata", "mixing", "outcome", "prompt_bytes", "prompt_tokens", "rule",
-        "started_at", "status", "unit", "weights",
+        "_first_length", "_sinks", "admitted_at", "chunks", "deadline", "ended_at", "error", "experts",
+        "first_text_at", "id", "kind", "last_text_at", "length", "mixing", "outcome", "prompt_bytes", "prompt_tokens",
+        "rule", "started_at", "status", "trace", "unit", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -122,7 +127,7 @@ class Watch:
         kind: Literal["generate", "score"],
         given_id: str,
         prompt_bytes: int,
-        metadata: Mapping[str, str],
+        trace: Mapping[str, str],
         deadline: float | None,
     ) -> None:
         self._sinks = sinks
@@ -130,8 +135,8 @@ class Watch:
         self.kind = kind
         self.id = request_id(given_id)
         self.prompt_bytes = prompt_bytes
-        self.metadata = metadata
-        """Of the call: for the trace that it belongs to."""
+        self.trace = trace
+        """The metadata of the call that name the trace it belongs to."""
         self.deadline = deadline
         """When the client stops waiting. None: never."""
         self.rule = ""
@@ -152,6 +157,8 @@ class Watch:
         self.outcome: Outcome | None = None
         self.status = ""
         """Name of the gRPC status; empty while the request runs."""
+        self.error = ""
+        """Type of the exception that ended it. Its message is left out: it may quote the text."""
 
     def planned(self, rule: str, unit: str, weights: Mapping[str, float]) -> None:
         """The mixture is known: `linear` or `log-linear`; token, byte or union; weight by expert."""
@@ -175,7 +182,7 @@ class Watch:
         times.queue += queue
         times.compute += compute
         times.transport += transport
-        times.steps += 1
+        times.calls += 1
         times.tokens += tokens
 
     def mixed(self, seconds: float) -> None:
@@ -218,6 +225,7 @@ class Watch:
     ) -> None:
         self.ended_at = time.perf_counter()
         self.status = self._status(error)
+        self.error = "" if kind is None else kind.__name__
         for sink in self._sinks:
             try:
                 sink.request_finished(self)
@@ -258,7 +266,9 @@ class Observer:
         `time_remaining`: seconds that its client waits.
         """
         deadline = None if time_remaining is None else time.perf_counter() + time_remaining
-        return Watch(self._sinks, kind, given_id, prompt_bytes, metadata or {}, deadline)
+        # Nothing else is kept: the metadata of a call may hold its credentials.
+        trace = {key: value for key, value in (metadata or {}).items() if key in _TRACE_KEYS}
+        return Watch(self._sinks, kind, given_id, prompt_bytes, trace, deadline)
 
     def step(self, step: Step) -> None:
         """An expert has answered a step."""

@@ -35,6 +35,18 @@ def _listen_address(value: str) -> str:
     return value
 
 
+def _listen_tcp(value: str) -> str:
+    if parse_listen(value).path is not None:
+        raise ValueError("must be host:port; HTTP is not served on a UNIX socket")
+    return value
+
+
+def _otlp_endpoint(value: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s]+", value):
+        raise ValueError("must be http://host:port or https://host:port")
+    return value
+
+
 class ServerTls(BaseModel):
     """How a server proves who it is, and whom it lets in."""
 
@@ -130,6 +142,38 @@ class ExpertSettings(BaseModel):
         return self
 
 
+class MetricsSettings(BaseModel):
+    """Where Prometheus may ask for metrics, over plain HTTP and without a password; they hold no text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    listen: Annotated[str, AfterValidator(_listen_tcp)] | None = None
+    """host:port; default: nowhere."""
+    allow_remote: bool = False
+    """Listen where other machines can reach it."""
+
+    @model_validator(mode="after")
+    def _strangers_stay_out(self) -> MetricsSettings:
+        if self.listen is not None and parse_listen(self.listen).public and not self.allow_remote:
+            raise ValueError(
+                f"listen: {self.listen} can be reached from other machines, and everybody may ask; listen on 127.0.0.1 "
+                "or set coordinator.metrics.allow_remote"
+            )
+        return self
+
+
+class TracingSettings(BaseModel):
+    """Where OpenTelemetry traces of requests go; needs `pip install token-swarm[tracing]`. They hold no text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = None
+    """OTLP over gRPC, http://host:port or, encrypted, https://host:port; default: nowhere."""
+    sample: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of traces to keep, of those that the caller has not decided about."""
+    service_name: Annotated[str, Field(min_length=1)] = "token-swarm"
+
+
 class CoordinatorSettings(BaseModel):
     """The process that mixes the experts and serves text."""
 
@@ -162,6 +206,8 @@ class CoordinatorSettings(BaseModel):
     """Experts that must answer for health checks to say SERVING; default: all of them."""
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0
     """Given to running texts when the server is told to stop."""
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
 
 
 class Settings(BaseSettings):
