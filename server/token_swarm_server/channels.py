@@ -27,18 +27,18 @@ def open_channel(
     *,
     token: str | None = None,
     options: ChannelOptions = (),
-    field: str = "tls",
+    tls_prefix: str = "tls.",
 ) -> grpc.aio.Channel:
     """A channel to `address`; without `tls` it is not encrypted.
 
-    `token`: sent with every call that has one request. `field`: what `tls` is called in errors.
+    `token`: sent with every call that has one request. `tls_prefix`: of its keys in errors.
     Raises BadParameter for TLS files that cannot be used.
     """
     interceptors: list[Any] = [] if token is None else [_UnaryBearer(token), _StreamBearer(token)]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=(*_ALWAYS, *options), interceptors=interceptors)
     return grpc.aio.secure_channel(
-        address, client_credentials(tls, field), options=(*_ALWAYS, *options), interceptors=interceptors
+        address, client_credentials(tls, tls_prefix), options=(*_ALWAYS, *options), interceptors=interceptors
     )
 
 
@@ -48,13 +48,13 @@ def open_blocking_channel(
     *,
     token: str | None = None,
     options: ChannelOptions = (),
-    field: str = "tls",
+    tls_prefix: str = "tls.",
 ) -> grpc.Channel:
     """`open_channel` for threads."""
     if tls is None:
         channel = grpc.insecure_channel(address, options=(*_ALWAYS, *options))
     else:
-        channel = grpc.secure_channel(address, client_credentials(tls, field), options=(*_ALWAYS, *options))
+        channel = grpc.secure_channel(address, client_credentials(tls, tls_prefix), options=(*_ALWAYS, *options))
     return channel if token is None else grpc.intercept_channel(channel, _BlockingBearer(token))
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from token_swarm.errors import BadParameter
+from token_swarm_server.grpc_host import LOCAL, Access
 from token_swarm_server.settings import ExpertSettings
 
 STOP_SECONDS = 5.0
@@ -28,6 +29,7 @@ def run_expert(
     settings: ExpertSettings,
     address: str,
     *,
+    access: Access = LOCAL,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Load `model` (a directory or Hugging Face id) and serve it at `address` until SIGTERM or SIGINT.
@@ -52,7 +54,7 @@ def run_expert(
         reason = " ".join(str(error).split()) or "out of memory"
         raise ExpertStartError(f"expert {name!r}: {reason}") from error
     try:
-        asyncio.run(serve(expert, address, on_ready=on_ready))
+        asyncio.run(serve(expert, address, access=access, on_ready=on_ready))
     except BadParameter as error:
         raise ExpertStartError(f"expert {name!r}: {error}") from error
 

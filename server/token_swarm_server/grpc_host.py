@@ -32,14 +32,32 @@ _HANDSHAKE_MS = 10_000
 class Access:
     """Who may reach a server, and how. `tokens`: a file of `token-swarm tokens`, or None: no token is asked for.
 
-    `allow_insecure`: listen even where strangers could come in or listen along. `field`: the table that holds these
-    keys, as errors name it, with the dot that follows.
+    `allow_insecure`: listen even where strangers could come in or listen along. `tokens_field`, `tls_prefix`: what
+    errors call the keys.
     """
 
     tls: ServerTls | None = None
     tokens: Path | None = None
     allow_insecure: bool = False
-    field: str = ""
+    tokens_field: str = "tokens"
+    tls_prefix: str = "tls."
+
+    def require_usable(self, address: str, field: str) -> None:
+        """Raise BadParameter for what `GrpcHost` would refuse later, when models have been loaded.
+
+        `field`: what the address is called. Makes the folder of a UNIX socket, for this user alone.
+        """
+        _check_address(address, field, self)
+        self.credentials()
+        self.token_store()
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """None: without TLS. Raises BadParameter for TLS files that cannot be used."""
+        return None if self.tls is None else server_credentials(self.tls, self.tls_prefix)
+
+    def token_store(self) -> TokenStore | None:
+        """None: no token is asked for. Raises BadParameter for a file that cannot be used."""
+        return None if self.tokens is None else TokenStore(self.tokens, self.tokens_field)
 
 
 LOCAL = Access()
@@ -69,7 +87,7 @@ class GrpcHost:
         self._field = field
         self._access = access
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
-        self._tokens = None if access.tokens is None else TokenStore(access.tokens, f"{access.field}tokens")
+        self._tokens = access.token_store()
         names = access.tls.client_names if access.tls else ()
         guards = [Authentication(self._tokens, names)] if self._tokens or names else []
         self.server = grpc.aio.server(
@@ -92,8 +110,7 @@ class GrpcHost:
 
         Raises BadParameter if it is taken, and for TLS files that cannot be used.
         """
-        tls = self._access.tls
-        credentials = None if tls is None else server_credentials(tls, f"{self._access.field}tls")
+        credentials = self._access.credentials()
         try:
             with _private_sockets():
                 if credentials is None:

@@ -15,8 +15,9 @@ from token_swarm.particle import Mixture
 from token_swarm.search.score_cache import ExpertKey
 from token_swarm.search.utility import UtilityUnavailable
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
+from token_swarm_server.channels import PUBLIC_OPTIONS, open_blocking_channel
 from token_swarm_server.public_wire import UNITS, mixture_to_proto
-from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES
+from token_swarm_server.settings import ClientTls
 
 _ATTEMPTS = 6
 """At a server that is busy or restarts an expert, half a second apart at first and doubling: 16 s in all."""
@@ -29,16 +30,12 @@ _MIXTURES_FAULT = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PREC
 class RemoteEnsemble:
     """Generates at the server that listens at `address`. For several threads at once; a context manager."""
 
-    def __init__(self, address: str, *, wait: float = 0.5) -> None:
-        """wait: seconds before the second attempt at a busy server."""
-        options = (
-            ("grpc.max_send_message_length", PUBLIC_MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", PUBLIC_MESSAGE_BYTES),
-            # Otherwise http_proxy in the environment diverts loopback connections.
-            ("grpc.enable_http_proxy", 0),
-        )
+    def __init__(
+        self, address: str, *, tls: ClientTls | None = None, token: str | None = None, wait: float = 0.5
+    ) -> None:
+        """wait: seconds before the second attempt at a busy server. Raises BadParameter for bad TLS files."""
         self._address, self._wait = address, wait
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = open_blocking_channel(address, tls, token=token, options=PUBLIC_OPTIONS, tls_prefix="--tls-")
         self._stub: swarm_pb2_grpc.SwarmServiceStub = swarm_pb2_grpc.SwarmServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -54,7 +51,9 @@ class RemoteEnsemble:
         try:
             experts = self._stub.ListExperts(swarm_pb2.ListExpertsRequest()).experts
         except grpc.RpcError as error:
-            raise UtilityUnavailable(f"no server answers at {self._address}: {error.details()}") from error
+            refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
+            said = f"the server at {self._address} refuses" if refused else f"no server answers at {self._address}"
+            raise UtilityUnavailable(f"{said}: {error.details()}") from error
         return {
             each.name: ExpertKey(each.name, each.architecture, each.fingerprint, str(each.group), each.dtype)
             for each in experts

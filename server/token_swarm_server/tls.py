@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
-def client_credentials(tls: ClientTls, field: str) -> grpc.ChannelCredentials:
-    """Credentials of a client. `field`: what the settings are called in errors. Raises BadParameter."""
-    ca = None if tls.ca is None else _read_ca(tls.ca, f"{field}.ca")
+def client_credentials(tls: ClientTls, prefix: str) -> grpc.ChannelCredentials:
+    """Credentials of a client. `prefix`: of the keys in errors, `tls.` or `--tls-`. Raises BadParameter."""
+    ca = None if tls.ca is None else _read_ca(tls.ca, f"{prefix}ca")
     if tls.certificate is None or tls.key is None:
         return grpc.ssl_channel_credentials(ca)
-    key, chain = _read_pair(tls.certificate, tls.key, field)
+    key, chain = _read_pair(tls.certificate, tls.key, prefix)
     return grpc.ssl_channel_credentials(ca, key, chain)
 
 
-def server_credentials(tls: ServerTls, field: str) -> grpc.ServerCredentials:
+def server_credentials(tls: ServerTls, prefix: str) -> grpc.ServerCredentials:
     """Credentials of a server, which follow the files: a renewed certificate is used from the next connection on.
 
-    `field`: what the settings are called in errors. Raises BadParameter.
+    `prefix`: of the keys in errors, `tls.` or `--tls-`. Raises BadParameter.
     """
-    files = _ServerFiles(tls, field)
+    files = _ServerFiles(tls, prefix)
     return grpc.dynamic_ssl_server_credentials(
         files.read(),
         files.changed,  # type: ignore[arg-type]  # None means "as before", says grpc's documentation
@@ -45,14 +45,15 @@ class _ServerFiles:
     """What the files of a server hold, and whether it is something new."""
 
     tls: ServerTls
-    field: str
+    prefix: str
     _seen: _Stamp = ()
 
     def read(self) -> grpc.ServerCertificateConfiguration:
         """Read and check the files. Raises BadParameter."""
         self._seen = self._stamp()
-        pair = _read_pair(self.tls.certificate, self.tls.key, self.field)
-        ca = None if self.tls.client_ca is None else _read_ca(self.tls.client_ca, f"{self.field}.client_ca")
+        pair = _read_pair(self.tls.certificate, self.tls.key, self.prefix)
+        name = "client-ca" if self.prefix.startswith("--") else "client_ca"
+        ca = None if self.tls.client_ca is None else _read_ca(self.tls.client_ca, f"{self.prefix}{name}")
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=ca)
 
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
@@ -65,7 +66,7 @@ class _ServerFiles:
             # Also the moment between the writing of the certificate and of its key.
             logger.warning("the old certificate stays in use: %s", error)
             return None
-        logger.info("%s: the files were read again", self.field)
+        logger.info("%s was read again", self.tls.certificate)
         return configuration
 
     def _stamp(self) -> _Stamp:
@@ -99,12 +100,12 @@ def _read_ca(path: Path, field: str) -> bytes:
     return pem
 
 
-def _read_pair(certificate: Path, key: Path, field: str) -> tuple[bytes, bytes]:
+def _read_pair(certificate: Path, key: Path, prefix: str) -> tuple[bytes, bytes]:
     """A private key and the certificate chain it belongs to, in PEM. Raises BadParameter."""
-    chain, private = _read(certificate, f"{field}.certificate"), _read(key, f"{field}.key")
+    chain, private = _read(certificate, f"{prefix}certificate"), _read(key, f"{prefix}key")
 
     def no_password(*_: Any) -> NoReturn:
-        raise BadParameter(f"{field}.key", str(key), "not encrypted: nobody is there to type a password")
+        raise BadParameter(f"{prefix}key", str(key), "not encrypted: nobody is there to type a password")
 
     try:
         # Otherwise a key of another certificate would be found at the first handshake.
@@ -112,5 +113,5 @@ def _read_pair(certificate: Path, key: Path, field: str) -> tuple[bytes, bytes]:
     except (ssl.SSLError, OSError) as error:
         reason = getattr(error, "reason", None) or "not PEM"
         allowed = f"the PEM file of the private key of {certificate} ({reason.lower().replace('_', ' ')})"
-        raise BadParameter(f"{field}.key", str(key), allowed) from error
+        raise BadParameter(f"{prefix}key", str(key), allowed) from error
     return private, chain

@@ -17,6 +17,7 @@ from token_swarm_server.cli.particles import particles
 from token_swarm_server.cli.score import score
 from token_swarm_server.cli.search import search
 from token_swarm_server.cli.serve import serve
+from token_swarm_server.cli.tokens import tokens
 
 app = typer.Typer(
     cls=Group,
@@ -30,6 +31,7 @@ app = typer.Typer(
 for command in (demo, serve, generate, score, search, expert, health, doctor):
     app.command()(command)
 app.add_typer(particles, name="particles")
+app.add_typer(tokens, name="tokens")
 app.add_typer(bench, name="bench")
 
 

@@ -51,7 +51,7 @@ async def connect(
 def open_public_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
     """A channel to the public service at `address`. Raises as `connect` does."""
     require_private_token(address, credentials)
-    return open_channel(address, credentials.tls, token=credentials.token, options=PUBLIC_OPTIONS, field="--tls")
+    return open_channel(address, credentials.tls, token=credentials.token, options=PUBLIC_OPTIONS, tls_prefix="--tls-")
 
 
 def require_private_token(address: str, credentials: Credentials) -> None:

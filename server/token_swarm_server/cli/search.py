@@ -40,6 +40,11 @@ def search(
     address: Annotated[
         str | None, typer.Option(help="A running server, for utilities that write text, instead of --config.")
     ] = None,
+    token_file: options.TokenFile = None,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
     name: Annotated[str, typer.Option(help="Name of the particle.")] = "learned",
     particles: Annotated[
         Path | None, typer.Option(help="Also write the particle into this folder, for a server.", metavar="DIR")
@@ -108,6 +113,7 @@ def search(
 
         if (config is None) == (address is None):
             raise CliError("--config: give it (experts are loaded here) or --address (of a server that runs)")
+        credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
         goals = _goals(utility, data, limit)
         judging = _judging(normalise, temperature, max_bytes, stop, extract, reward, judge, judge_model, judge_key)
         _require_parts(goals, judging, reference or [])
@@ -118,7 +124,7 @@ def search(
             raise BadParameter("--test", test, "a share of at least 0 and below 1")
         measure = Measure.of(goals[0].utility.value if len(goals) == 1 else "harmonic")
         with Display(session.stderr_console(), measure, iterations) as display:
-            experts, names, default_rule = _remote(address, workers) if address else _local(config)
+            experts, names, default_rule = _remote(address, credentials, workers) if address else _local(config)
             space = Space(names, Rule(rule.value) if rule else default_rule, temperatures)
             preparation = Preparation(experts, goals, judging, space, test, display.reading)
             processes = 1 if address else workers
@@ -245,12 +251,16 @@ def _local(config: Path | None) -> tuple[LocalExperts, tuple[str, ...], Rule]:
     return LocalExperts.of(settings, models), tuple(models), Rule(settings.coordinator.rule)
 
 
-def _remote(address: str, concurrency: int) -> tuple[RemoteExperts, tuple[str, ...], Rule]:
+def _remote(
+    address: str, credentials: options.Credentials, concurrency: int
+) -> tuple[RemoteExperts, tuple[str, ...], Rule]:
     from token_swarm.particle import Rule
+    from token_swarm_server.cli.client import require_private_token
     from token_swarm_server.search_remote import RemoteEnsemble
     from token_swarm_server.search_task import RemoteExperts
 
-    server = RemoteEnsemble(address)
+    require_private_token(address, credentials)
+    server = RemoteEnsemble(address, tls=credentials.tls, token=credentials.token)
     return RemoteExperts(server, Path(".cache").absolute(), concurrency), tuple(server.keys()), Rule.LOG_LINEAR
 
 
