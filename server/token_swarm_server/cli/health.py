@@ -12,19 +12,16 @@ import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from token_swarm_server.channels import open_channel
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import FAILURE, CliError
-from token_swarm_server.settings import DEFAULT_LISTEN
+from token_swarm_server.settings import DEFAULT_LISTEN, ClientTls
 
 _SERVING = "SERVING"
 _NO_ANSWER = "NO_ANSWER"
 _POLL_SECONDS = 0.5
-_CHANNEL = (
-    # Otherwise http_proxy in the environment diverts loopback connections.
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
+# A server that is still starting would otherwise be found late.
+_CHANNEL = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,15 @@ def health(
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.", min=0.01)] = 5.0,
     wait: Annotated[float, typer.Option(help="Ask again for this many seconds before giving up.", min=0.0)] = 0.0,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
     as_json: options.Json = False,
 ) -> None:
     """Ask a coordinator or an expert whether it serves.
 
-    The exit code is 0 if it does and 1 if not, as probes want it.
+    The exit code is 0 if it does and 1 if not, as probes want it. No token is needed.
 
     \b
     Examples:
@@ -63,7 +64,9 @@ def health(
       token-swarm health --address unix:/run/token-swarm/smollm2.sock --wait 600
       token-swarm health --address 127.0.0.1:50071 --alive --json
     """
-    found = session.run(_wait(address or DEFAULT_LISTEN, service, alive=alive, seconds=timeout, wait=wait))
+    security = options.credentials(None, tls, tls_ca, tls_certificate, tls_key).tls
+    asking = _wait(address or DEFAULT_LISTEN, service, security, alive=alive, seconds=timeout, wait=wait)
+    found = session.run(asking)
     good = _good(found, alive=alive)
     if as_json:
         print(json.dumps({**asdict(found), "healthy": good}))
@@ -80,10 +83,12 @@ def _good(found: _Health, *, alive: bool) -> bool:
     return found.status != _NO_ANSWER if alive else found.status == _SERVING
 
 
-async def _wait(address: str, service: str, *, alive: bool, seconds: float, wait: float) -> _Health:
+async def _wait(
+    address: str, service: str, tls: ClientTls | None, *, alive: bool, seconds: float, wait: float
+) -> _Health:
     """The last answer: the first good one, or what was said when `wait` seconds were over."""
     end = time.monotonic() + wait
-    async with grpc.aio.insecure_channel(address, options=_CHANNEL) as channel:
+    async with open_channel(address, tls, options=_CHANNEL, tls_prefix="--tls-") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while True:
             found = await _ask(stub, address, service, seconds)
