@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from token_swarm.errors import BadParameter
 from token_swarm_server.addresses import LISTEN_ALLOWED, parse_listen
 from token_swarm_server.auth import Authentication
-from token_swarm_server.settings import ServerTls, exposure_problem
+from token_swarm_server.settings import CoordinatorSettings, ServerTls, exposure_problem
 from token_swarm_server.tls import server_credentials
 from token_swarm_server.tokens import TokenStore
 
@@ -62,6 +62,11 @@ class Access:
 
 LOCAL = Access()
 """Whoever can reach the address may call: for addresses that stay on this machine."""
+
+
+def public_access(settings: CoordinatorSettings) -> Access:
+    """What the configuration says of the public server."""
+    return Access(settings.tls, settings.tokens, settings.allow_insecure, "coordinator.tokens", "coordinator.tls.")
 
 
 class GrpcHost:
