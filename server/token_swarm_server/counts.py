@@ -58,23 +58,6 @@ class Histogram:
         return sum(self.counts)
 
 
-def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
-    """The value that `share` of all are at most, interpolated within its bucket as Prometheus does.
-
-    None: there are no values. Values beyond the last bound count as the last bound.
-    """
-    rank = share * sum(counts)
-    if not rank:
-        return None
-    below = 0
-    for index, count in enumerate(counts[:-1]):
-        if below + count >= rank:
-            low = bounds[index - 1] if index else 0.0
-            return low + (bounds[index] - low) * (rank - below) / count
-        below += count
-    return bounds[-1]
-
-
 @dataclass
 class RequestCounts:
     """Requests. Seconds as in the histograms of GetStatus."""

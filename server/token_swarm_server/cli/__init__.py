@@ -18,6 +18,7 @@ from token_swarm_server.cli.score import score
 from token_swarm_server.cli.search import search
 from token_swarm_server.cli.serve import serve
 from token_swarm_server.cli.tokens import tokens
+from token_swarm_server.cli.top import top
 
 app = typer.Typer(
     cls=Group,
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Several language models as one: mixes their next-token distributions, whatever the tokenizers.\n\n"
     "Start with `token-swarm demo`. Every command has --help with an example.",
 )
-for command in (demo, serve, generate, score, search, expert, health, doctor):
+for command in (demo, serve, generate, score, search, expert, health, top, doctor):
     app.command()(command)
 app.add_typer(particles, name="particles")
 app.add_typer(tokens, name="tokens")

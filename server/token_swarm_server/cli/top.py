@@ -1,0 +1,175 @@
+"""`token-swarm top`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from token_swarm_server.cli import options, session
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
+
+_ANSWER_SECONDS = 5.0
+_STATES = {"ready": "green", "starting": "yellow", "down": "red"}
+
+
+def top(
+    address: options.Address = None,
+    token_file: options.TokenFile = None,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look at one interval, print it and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per interval.")] = False,
+) -> None:
+    """Watch a running server: its experts, requests and rates.
+
+    Runs until Ctrl-C; where the output is no terminal, for one interval.
+
+    \b
+    Examples:
+      token-swarm top
+      token-swarm top --once
+      token-swarm top --json --interval 10 >> load.jsonl
+    """
+    from rich.console import Console
+
+    console = Console()
+    credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
+    once = once or not (as_json or console.is_terminal)
+
+    async def watch(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> None:
+        if once or as_json:
+            async for now in _figures(stub, interval):
+                print(json.dumps(now), flush=True) if as_json else console.print(view(now))
+                if once:
+                    return
+        else:
+            await _live(console, stub, interval)
+
+    session.with_server(address, None, watch, credentials)
+
+
+async def _figures(stub: swarm_pb2_grpc.SwarmServiceAsyncStub, interval: float) -> AsyncIterator[dict[str, Any]]:
+    """Figures of one interval after the other."""
+    from token_swarm_server.cli.rates import rates
+
+    before = await _ask(stub)
+    while True:
+        await asyncio.sleep(interval)
+        now = await _ask(stub)
+        yield rates(before, now)
+        before = now
+
+
+async def _ask(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> swarm_pb2.GetStatusResponse:
+    from token_swarm.v1 import swarm_pb2
+
+    answer: swarm_pb2.GetStatusResponse = await stub.GetStatus(swarm_pb2.GetStatusRequest(), timeout=_ANSWER_SECONDS)
+    return answer
+
+
+async def _live(console: Console, stub: swarm_pb2_grpc.SwarmServiceAsyncStub, interval: float) -> None:
+    """A screen that outlives the server: one that does not answer may come back."""
+    import grpc
+    from rich.live import Live
+
+    seen = False
+    with Live("waiting for the first interval", console=console, screen=True, auto_refresh=False) as live:
+        live.refresh()
+        while True:
+            try:
+                async for now in _figures(stub, interval):
+                    seen = True
+                    live.update(view(now), refresh=True)
+            except grpc.aio.AioRpcError as error:
+                if not seen or error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise
+                live.update("the server does not answer; asking again", refresh=True)
+                await asyncio.sleep(interval)
+
+
+def view(now: dict[str, Any]) -> RenderableType:
+    """The figures for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    requests = now["requests"]
+    failed = {name: rate for name, rate in requests["failed_per_second"].items() if rate}
+    done = {name: rate for name, rate in requests["succeeded_per_second"].items() if rate}
+    state = "draining" if now["draining"] else "serving"
+    lines = [
+        f"token-swarm {now['version']}, {state}, up {_span(now['uptime_seconds'])}, "
+        f"last {now['interval_seconds']:.1f} s",
+        f"requests  {requests['running']} running, {requests['waiting']} waiting; per second: "
+        f"{requests['received_per_second']:.1f} in, {_named(done)} done, {_named(failed)} failed",
+        f"text      {requests['text_bytes_per_second']:,.0f} bytes/s written, "
+        f"{requests['prompt_bytes_per_second']:,.0f} read; mixing {requests['mixing_share']:.1%} of the time",
+    ]
+    times = Table(box=None, pad_edge=False)
+    for name in ("", "p50", "p99"):
+        times.add_column(name, justify="right" if name else "left")
+    for label, key in (
+        ("queue", "queue_seconds"),
+        ("first byte", "first_byte_seconds"),
+        ("between chunks", "inter_chunk_seconds"),
+        ("whole request", "total_seconds"),
+    ):
+        times.add_row(label, *(_seconds(requests[key][share]) for share in ("p50", "p99")))
+    experts = Table(box=None, pad_edge=False)
+    experts.add_column("expert", overflow="fold")
+    experts.add_column("state")
+    for name in ("restarts", "queue", "batch", "steps/s", "tokens/s", "step", "busy", "sequences", "KV"):
+        experts.add_column(name, justify="right")
+    for expert in now["experts"]:
+        experts.add_row(
+            expert["expert"],
+            Text(expert["state"], style=_STATES.get(expert["state"], "")),
+            str(expert["restarts"]),
+            str(expert["queued"]),
+            "-" if expert["batch"] is None else f"{expert['batch']:.1f}",
+            f"{expert['steps_per_second']:.1f}",
+            f"{expert['tokens_per_second']:.1f}",
+            _seconds(expert["step_seconds"]),
+            f"{expert['busy_share']:.0%}",
+            f"{_count(expert['kv_sequences'])}/{expert['kv_max_sequences']}",
+            _share(expert["kv_tokens"], expert["kv_capacity"]),
+        )
+    reasons = [Text(f"{e['expert']}: {e['reason']}", style="red") for e in now["experts"] if e["reason"]]
+    return Group(*map(Text, lines), Text(), times, Text(), experts, *reasons)
+
+
+def _named(rates: dict[str, float]) -> str:
+    """ "3.0 (max_bytes 2.0, end_of_text 1.0)"."""
+    parts = ", ".join(f"{name} {rate:.1f}" for name, rate in sorted(rates.items(), key=lambda item: -item[1]))
+    return f"{sum(rates.values()):.1f}" + (f" ({parts})" if parts else "")
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _share(part: int | None, whole: int | None) -> str:
+    return f"{part / whole:.0%}" if part is not None and whole else "-"
