@@ -15,6 +15,7 @@ from token_swarm_server.errors import QueueFull
 class _Waiter:
     experts: tuple[str, ...]
     lanes: int
+    size: int
     admitted: asyncio.Future[None]
     holds: bool = False
 
@@ -26,9 +27,13 @@ class Admission:
     one needs. Nobody overtakes: a text with many experts is not starved by texts with one.
     """
 
-    def __init__(self, sequences: Mapping[str, int], max_queue: int) -> None:
+    def __init__(self, sequences: Mapping[str, int], max_queue: int, max_queue_bytes: int) -> None:
+        """`max_queue`: texts that may wait; `max_queue_bytes`: what their prompts may come to."""
+        self.sequences = dict(sequences)
+        """KV sequences of every expert, held or free."""
         self._free = dict(sequences)
         self._max_queue = max_queue
+        self._max_queue_bytes = max_queue_bytes
         self._waiters: deque[_Waiter] = deque()
 
     @property
@@ -40,13 +45,24 @@ class Admission:
         """KV sequences of `expert` that no text holds."""
         return self._free[expert]
 
-    @asynccontextmanager
-    async def hold(self, experts: Collection[str], lanes: int) -> AsyncIterator[None]:
-        """Hold `lanes` sequences on each of `experts`. Raises QueueFull when the queue is."""
-        waiter = _Waiter(tuple(experts), lanes, asyncio.get_running_loop().create_future())
-        must_wait = bool(self._waiters) or not self._fits(waiter)
-        if must_wait and len(self._waiters) >= self._max_queue:
+    def require_room(self, experts: Collection[str], lanes: int, size: int) -> None:
+        """Raise QueueFull if a text whose prompt has `size` bytes could neither start nor wait."""
+        if not self._waiters and all(self._free[name] >= lanes for name in experts):
+            return
+        if len(self._waiters) >= self._max_queue:
             raise QueueFull(f"{len(self._waiters)} requests are waiting, which is the most allowed")
+        waiting = sum(waiter.size for waiter in self._waiters)
+        if waiting + size > self._max_queue_bytes:
+            raise QueueFull(
+                f"the prompts of {len(self._waiters)} waiting requests have {waiting} bytes and this one {size}; "
+                f"together at most {self._max_queue_bytes} are allowed"
+            )
+
+    @asynccontextmanager
+    async def hold(self, experts: Collection[str], lanes: int, size: int = 0) -> AsyncIterator[None]:
+        """Hold `lanes` sequences on each of `experts`. `size`: bytes of prompt. Raises QueueFull as `require_room`."""
+        self.require_room(experts, lanes, size)
+        waiter = _Waiter(tuple(experts), lanes, size, asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
         self._admit()
         try:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import signal
 from collections.abc import Callable, Mapping
 
+from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture, Rule
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.engine import Engine
-from token_swarm_server.grpc_host import GrpcHost, stop_signal
+from token_swarm_server.expert_link import Reviver
+from token_swarm_server.grpc_host import GrpcHost, on_signals, stop_signal
+from token_swarm_server.observer import Observer
 from token_swarm_server.particle_store import ParticleStore
 from token_swarm_server.service import Defaults, MalformedRequests, SwarmService
 from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES, Settings
@@ -16,7 +22,6 @@ from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES, Settings
 logger = logging.getLogger(__name__)
 
 SERVICE = swarm_pb2.DESCRIPTOR.services_by_name["SwarmService"].full_name
-GRACE_SECONDS = 10.0
 
 
 class CoordinatorServer:
@@ -24,17 +29,20 @@ class CoordinatorServer:
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         """Raises BadParameter for particles and default weights that cannot be used."""
-        particles = ParticleStore.load(settings.coordinator.particles)
+        self._settings = settings.coordinator
         self._engine = engine
+        particles = ParticleStore.load(self._settings.particles)
         self._service = SwarmService(engine, particles, _defaults(settings, engine))
         self._host = GrpcHost(
             SERVICE,
-            settings.coordinator.listen,
+            self._settings.listen,
             field="coordinator.listen",
             max_message_bytes=PUBLIC_MESSAGE_BYTES,
             interceptors=[MalformedRequests()],
         )
         swarm_pb2_grpc.add_SwarmServiceServicer_to_server(self._service, self._host.server)
+        self._experts_changed = asyncio.Event()
+        self._health: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
@@ -44,32 +52,61 @@ class CoordinatorServer:
     async def start(self) -> None:
         """Listen. Raises BadParameter if the address is taken."""
         self._host.bind()
+        self._engine.changed = self._experts_changed.set
         await self._host.start()
+        self._health = asyncio.create_task(self._keep_health())
 
-    async def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """Tell the health checks, refuse new texts, let running ones end, only then leave the experts."""
+    async def _keep_health(self) -> None:
+        """Health checks say SERVING while a quorum of experts takes work."""
+        while True:
+            await self._host.set_serving(self._engine.ready >= self._engine.quorum)
+            await self._experts_changed.wait()
+            self._experts_changed.clear()
+
+    def reload(self) -> None:
+        """Read the particles again. What cannot be used is logged, and the old ones stay."""
+        try:
+            particles = ParticleStore.load(self._settings.particles)
+        except BadParameter as error:
+            logger.error("reload: the particles stay as they were: %s", error)
+            return
+        self._service.use_particles(particles)
+        logger.info("reload: %d particles", len(particles.all()))
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Tell the health checks, refuse new texts, let running ones end for `grace` seconds (None: as configured),
+        only then leave the experts."""
+        if self._health is not None:
+            self._health.cancel()
+            await asyncio.gather(self._health, return_exceptions=True)
         await self._host.announce_stop()
         self._service.drain()
-        await self._host.server.stop(grace)
+        await self._host.server.stop(self._settings.drain_seconds if grace is None else grace)
         await self._engine.close()
+        self._engine.observer.close()
+
+    async def stop_now(self) -> None:
+        """End the grace of a `stop` that is under way."""
+        await self._host.server.stop(None)
 
 
 async def run_coordinator(
-    settings: Settings, endpoints: Mapping[str, str], *, ready: Callable[[str], None] | None = None
+    settings: Settings,
+    endpoints: Mapping[str, str],
+    *,
+    reviver: Reviver | None = None,
+    observer: Observer | None = None,
+    ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve `settings.coordinator.listen` until SIGTERM or SIGINT, then drain.
+    """Serve `settings.coordinator.listen` until SIGTERM or SIGINT, then drain; a second signal ends the draining.
 
-    endpoints: gRPC address of each expert's process. `ready` is called with the bound address.
+    SIGHUP reads the particles again. endpoints: gRPC address of each expert's process. reviver: starts those that hang
+    or answer nonsense again. `ready` is called with the bound address.
     Raises BadParameter for settings that the running experts contradict and for an address that cannot be bound,
     ExpertUnavailable or TransportError when an expert cannot be connected.
     """
-    stop = stop_signal()
-    engine = await Engine.connect(
-        endpoints,
-        cache=settings.cache,
-        lanes=settings.coordinator.lanes_per_expert,
-        max_queue=settings.coordinator.max_queue,
-    )
+    stop, reload = stop_signal(), on_signals(signal.SIGHUP)
+    engine = await Engine.connect(endpoints, settings, reviver=reviver, observer=observer)
     try:
         server = CoordinatorServer(settings, engine)
         await server.start()
@@ -78,14 +115,38 @@ async def run_coordinator(
         raise
     if ready is not None:
         ready(server.address)
-    await stop.wait()
+    reloading = asyncio.create_task(_reload_on(reload, server))
+    try:
+        await stop.wait()
+    except asyncio.CancelledError:
+        await server.stop(0.0)
+        raise
+    finally:
+        reloading.cancel()
+    stop.clear()
     logger.info("stopping: %d texts are running", engine.running)
-    await server.stop()
+    draining = asyncio.create_task(server.stop())
+    impatient = asyncio.create_task(stop.wait())
+    await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        logger.info("stopping at once")
+        # A second stop of grpc shortens the grace of the first.
+        await server.stop_now()
+    impatient.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await draining
+
+
+async def _reload_on(signalled: asyncio.Event, server: CoordinatorServer) -> None:
+    while True:
+        await signalled.wait()
+        signalled.clear()
+        server.reload()
 
 
 def _defaults(settings: Settings, engine: Engine) -> Defaults:
-    rule = Rule(settings.coordinator.rule)
-    weights = settings.coordinator.weights
-    mixture = Mixture(weights, rule) if weights else engine.ensemble.uniform(rule)
+    coordinator = settings.coordinator
+    rule = Rule(coordinator.rule)
+    mixture = Mixture(coordinator.weights, rule) if coordinator.weights else engine.ensemble.uniform(rule)
     mixture.require_known(engine.ensemble.specs)
-    return Defaults(mixture, settings.coordinator.epsilon, settings.coordinator.window)
+    return Defaults(mixture, coordinator.epsilon, coordinator.window, coordinator.max_seconds)

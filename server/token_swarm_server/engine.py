@@ -1,153 +1,194 @@
-"""Runs decoders and scorers against remote experts: the coordinator without its gRPC face."""
+"""Runs texts and scores against remote experts: the coordinator without its gRPC face."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-from token_swarm.decoding.decoder import Decoder, Finish
+from token_swarm.decoding.decoder import Finish
 from token_swarm.decoding.ensemble import Ensemble
-from token_swarm.decoding.forwards import Calls, Outcome
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.decoding.score import Score, Scorer, scored_text
+from token_swarm.decoding.score import Score
 from token_swarm.errors import BadParameter
-from token_swarm.experts.contract import Close, EncodedPrompt
 from token_swarm.mixing.groups import Unit
-from token_swarm.particle import Mixture
 from token_swarm_server.admission import Admission
-from token_swarm_server.batching import ExpertScheduler
-from token_swarm_server.expert_client import ExpertConnection
+from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState, Reviver
+from token_swarm_server.generation import Generation, Members, Prompt, score_text
+from token_swarm_server.observer import Observer, Outcome, Watch
+from token_swarm_server.settings import CoordinatorSettings, Settings
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a text. Times in seconds; `first_byte` is None when no text was shown."""
+    """The end of a text. Times in seconds; `first_byte` is None when no text was shown.
+
+    dropped: experts that failed and that it went on without. reopened: how often one was lost and read the text again.
+    """
 
     finish: Finish
     unit: Unit
     queue: float
     first_byte: float | None
     total: float
+    dropped: tuple[str, ...] = ()
+    reopened: int = 0
 
 
 class Engine:
-    """Experts, their batching schedulers and the admission to their KV."""
+    """The experts, and the texts that are written with them. Made by `connect`."""
 
     def __init__(
-        self, connections: Mapping[str, ExpertConnection], ensemble: Ensemble, *, lanes: int, max_queue: int
+        self,
+        links: Mapping[str, ExpertLink],
+        ensemble: Ensemble,
+        limits: CoordinatorSettings,
+        observer: Observer,
     ) -> None:
+        """Raises BadParameter for limits that the experts cannot keep."""
         self.ensemble = ensemble
-        self.connections = dict(connections)
-        self.schedulers = {name: ExpertScheduler(connection) for name, connection in connections.items()}
-        self._lanes = lanes
+        self.links = dict(links)
+        self.observer = observer
+        self.running = 0
+        """Texts that hold KV."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called whenever an expert was lost or came back."""
+        self._lanes = limits.lanes_per_expert
+        self._wait_seconds = limits.wait_seconds
         sequences = {name: spec.max_sequences for name, spec in ensemble.specs.items()}
         for name, count in sequences.items():
-            if count < lanes:
-                raise BadParameter(f"experts.{name}.max_sequences", count, f"at least lanes_per_expert = {lanes}")
-        self.admission = Admission(sequences, max_queue)
-        self.running = 0
+            if count < self._lanes:
+                raise BadParameter(f"experts.{name}.max_sequences", count, f"at least lanes_per_expert = {self._lanes}")
+        self.quorum = len(self.links) if limits.quorum is None else limits.quorum
+        if self.quorum > len(self.links):
+            raise BadParameter("coordinator.quorum", self.quorum, f"at most the {len(self.links)} experts there are")
+        self.admission = Admission(sequences, limits.max_queue, limits.max_queue_bytes)
 
     @classmethod
     async def connect(
-        cls, endpoints: Mapping[str, str], *, cache: Path, lanes: int, max_queue: int, wait_seconds: float = 60.0
+        cls,
+        endpoints: Mapping[str, str],
+        settings: Settings,
+        *,
+        reviver: Reviver | None = None,
+        observer: Observer | None = None,
+        wait_seconds: float = 60.0,
     ) -> Engine:
-        """Connect to every expert at once. Raises ExpertUnavailable or TransportError, and leaves no connection."""
-        tasks = {
-            name: asyncio.ensure_future(
-                ExpertConnection.connect(address, name, cache=cache / "vocabularies", wait_seconds=wait_seconds)
+        """Connect to every expert at once. `endpoints`: gRPC address by name.
+
+        Raises ExpertUnavailable or TransportError, and BadParameter for settings that the experts contradict; it then
+        leaves no connection.
+        """
+        observer = observer or Observer()
+        made: list[Engine] = []
+
+        def crowded() -> bool:
+            return bool(made) and made[0].running > 1
+
+        def changed() -> None:
+            if made:
+                made[0].changed()
+
+        tasks = {}
+        for name, address in endpoints.items():
+            expert = settings.experts[name]
+            options = LinkOptions(settings.cache / "vocabularies", expert.chunk, expert.step_seconds, crowded)
+            connecting = ExpertLink.connect(
+                name,
+                address,
+                options,
+                wait_seconds=wait_seconds,
+                reviver=reviver,
+                observer=observer,
+                changed=changed,
             )
-            for name, address in endpoints.items()
-        }
+            tasks[name] = asyncio.ensure_future(connecting)
         try:
-            connections = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
+            links = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
+            specs = {name: link.spec for name, link in links.items()}
+            ensemble = await asyncio.to_thread(Ensemble.of, specs, settings.cache / "tries")
+            made.append(cls(links, ensemble, settings.coordinator, observer))
         except BaseException:
             for task in tasks.values():
                 task.cancel()
             for result in await asyncio.gather(*tasks.values(), return_exceptions=True):
-                if isinstance(result, ExpertConnection):
+                if isinstance(result, ExpertLink):
                     await result.close()
             raise
-        specs = {name: connection.spec for name, connection in connections.items()}
-        ensemble = await asyncio.to_thread(Ensemble.of, specs, cache / "tries")
-        return cls(connections, ensemble, lanes=lanes, max_queue=max_queue)
+        return made[0]
+
+    @property
+    def ready(self) -> int:
+        """Experts that take work now."""
+        return sum(link.state is LinkState.READY for link in self.links.values())
 
     async def generate(
-        self, prompt: str, chat: bool, mixture: Mixture, request: DecodeRequest
-    ) -> AsyncIterator[str | Finished]:
+        self, prompt: Prompt, request: DecodeRequest, watch: Watch
+    ) -> AsyncGenerator[str | Finished, None]:
         """Text as it becomes complete, then one `Finished`. However it is left, the KV is freed.
 
         Raises BadParameter, UnknownName, QueueFull, ExpertUnavailable, ExpertFault.
         """
-        arrived = time.perf_counter()
-        prompts = await self._encode(mixture, prompt, chat=chat)
-        # The first union of a set of vocabularies takes a second to map them: the other streams go on.
-        build = partial(self.ensemble.unit, mixture, request, prompts)
-        unit = await asyncio.to_thread(build) if request.unit is Unit.UNION else build()
-        decoder = Decoder(unit, request, allocate=self._allocate, lanes_per_expert=self._lanes)
-        first_byte: float | None = None
-        async with self.admission.hold(mixture.active.keys(), self._lanes):
-            admitted = time.perf_counter()
+        prompt.mixture.require_known(self.links)
+        size = len(prompt.text.encode())
+        self.admission.require_room(prompt.mixture.active.keys(), self._lanes, size)
+        members = Members(self.links, prompt, self._wait_seconds, watch)
+        text = Generation(
+            self.ensemble, members, request, allocate=self._allocate, lanes=self._lanes, watch=watch
+        )
+        await text.open()
+        async with self.admission.hold(members.names, self._lanes, size):
+            watch.admitted()
             self.running += 1
             try:
-                while not decoder.finished:
-                    if calls := decoder.calls():
-                        decoder.resume(await self._run(calls))
-                    if text := decoder.take_text():
-                        first_byte = first_byte or time.perf_counter() - arrived
-                        yield text
+                async with contextlib.aclosing(text.pieces()) as pieces:
+                    async for piece in pieces:
+                        yield piece
             finally:
                 self.running -= 1
-                self._release(decoder.close())
-        total = time.perf_counter() - arrived
-        yield Finished(decoder.finish, unit.kind, admitted - arrived, first_byte, total)
-
-    async def score(self, prompt: str, text: str, chat: bool, mixture: Mixture) -> Score:
-        """Log-probability of `text` after `prompt`. Raises as `generate` does."""
-        prompts = await self._encode(mixture, prompt, chat=chat)
-        specs = self.ensemble.specs
-        pieces = await asyncio.gather(
-            *(
-                self.connections[name].tokenize(scored_text(specs[name], encoded, text)[1])
-                for name, encoded in prompts.items()
+                text.close()
+        finish = text.finish
+        watch.finished(
+            Outcome(
+                reason=finish.reason.value,
+                tokens={name: use.tokens for name, use in finish.experts.items()},
+                shares={name: use.share for name, use in finish.experts.items()},
+                dropped=tuple(members.dropped),
+                reopened=members.reopened,
             )
         )
-        tokens = dict(zip(prompts, pieces, strict=True))
-        scorer = Scorer(self.ensemble, mixture, prompts, text, tokens, self._allocate)
-        async with self.admission.hold(mixture.active.keys(), 1):
+        admitted = watch.admitted_at or watch.started_at
+        yield Finished(
+            finish=finish,
+            unit=text.kind,
+            queue=admitted - watch.started_at,
+            first_byte=None if watch.first_text_at is None else watch.first_text_at - watch.started_at,
+            total=time.perf_counter() - watch.started_at,
+            dropped=tuple(members.dropped),
+            reopened=members.reopened,
+        )
+
+    async def score(self, prompt: Prompt, text: str, watch: Watch) -> Score:
+        """Log-probability of `text` after the prompt. Raises as `generate` does."""
+        prompt.mixture.require_known(self.links)
+        size = len(prompt.text.encode()) + len(text.encode())
+        self.admission.require_room(prompt.mixture.active.keys(), 1, size)
+        members = Members(self.links, prompt, self._wait_seconds, watch)
+        async with self.admission.hold(members.names, 1, size):
+            watch.admitted()
+            watch.planned(members.mixture.rule.value, Unit.BYTE.value, members.mixture.active)
+            self.running += 1
             try:
-                while calls := scorer.calls():
-                    scorer.resume(await self._run(calls))
-                    # Scoring computes for long between forwards: let the streams have their turn.
-                    await asyncio.sleep(0)
+                return await score_text(self.ensemble, members, text, self._allocate)
             finally:
-                self._release(scorer.close())
-        return scorer.score
+                self.running -= 1
 
     async def close(self) -> None:
         """Disconnect from every expert; running texts fail."""
-        for scheduler in self.schedulers.values():
-            await scheduler.close()
-        for connection in self.connections.values():
-            await connection.close()
-
-    async def _encode(self, mixture: Mixture, prompt: str, *, chat: bool) -> dict[str, EncodedPrompt]:
-        mixture.require_known(self.connections)
-        names = list(mixture.active)
-        encoded = await asyncio.gather(*(self.connections[name].encode(prompt, chat=chat) for name in names))
-        return dict(zip(names, encoded, strict=True))
+        for link in self.links.values():
+            await link.close()
 
     def _allocate(self, expert: str) -> int:
-        return self.schedulers[expert].allocate_sequence()
-
-    async def _run(self, calls: Calls) -> dict[str, list[Outcome]]:
-        """One step on every expert, all at the same time."""
-        results = await asyncio.gather(*(self.schedulers[name].submit(ops) for name, ops in calls.items()))
-        return dict(zip(calls, results, strict=True))
-
-    def _release(self, calls: Calls) -> None:
-        for name, ops in calls.items():
-            self.schedulers[name].release(op.sequence for op in ops if isinstance(op, Close))
+        return self.links[expert].allocate_sequence()

@@ -29,6 +29,11 @@ class ExpertUnavailable(Unavailable):
     def __init__(self, name: str, reason: str, retry_after: float = 1.0) -> None:
         super().__init__(f"expert {name!r} is unavailable: {reason}", retry_after)
         self.name = name
+        self.reason = reason
+
+
+class DeadlineExceeded(RuntimeError):
+    """A request outlived what the server allows."""
 
 
 class QueueFull(RuntimeError):
@@ -48,6 +53,7 @@ _CODES: tuple[tuple[type[Exception], int], ...] = (
     (TransportError, code_pb2.INVALID_ARGUMENT),
     (UnknownName, code_pb2.NOT_FOUND),
     (FailedPrecondition, code_pb2.FAILED_PRECONDITION),
+    (DeadlineExceeded, code_pb2.DEADLINE_EXCEEDED),
     (QueueFull, code_pb2.RESOURCE_EXHAUSTED),
     (Unavailable, code_pb2.UNAVAILABLE),
     (ExpertFault, code_pb2.UNAVAILABLE),

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import grpc
 
 from token_swarm.errors import BadParameter
-from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, Op
+from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Op
 from token_swarm.files import replacing
 from token_swarm.v1 import expert_pb2, expert_pb2_grpc
 from token_swarm.vocabulary import Vocabulary
@@ -18,6 +18,7 @@ from token_swarm_server import transport, wire
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.wire import TimedStepResult
 
+_STATS_SECONDS = 5.0
 _OPTIONS = (
     ("grpc.max_send_message_length", transport.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", transport.MAX_MESSAGE_BYTES),
@@ -187,7 +188,8 @@ class ExpertConnection:
         spans, errors = wire.layout_from_proto(reply, number=self._number, ops=ops, width=width, dtype=dtype)
         rows = spans[-1][1] if spans else 0
         logits = transport.take_logits(reply, rows, dtype, self._segment)
-        return TimedStepResult(logits, spans, errors, reply.seconds, reply.batch_size)
+        inline = reply.WhichOneof("logits") == "inline"
+        return TimedStepResult(logits, spans, errors, reply.seconds, reply.batch_size, inline)
 
     async def encode(self, prompt: str, *, chat: bool = False) -> EncodedPrompt:
         """`Expert.encode` there. Raises BadParameter for a prompt that the expert cannot encode."""
@@ -209,6 +211,14 @@ class ExpertConnection:
             self._refuse_text("text", text, error)
         self._check_tokens(tokens)
         return tuple(tokens)
+
+    async def stats(self) -> ExpertStats:
+        """What the expert holds, over all of its callers. Raises ExpertUnavailable or TransportError."""
+        try:
+            stats = await self._stub.GetStats(expert_pb2.GetStatsRequest(), timeout=_STATS_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            _raise(self.spec.name, error)
+        return ExpertStats(stats.sequences, stats.tokens, stats.capacity, dict(stats.engine))
 
     def _refuse_text(self, field: str, text: str, error: grpc.aio.AioRpcError | ValueError) -> NoReturn:
         """Raise what a failed `encode` or `tokenize` means."""

@@ -9,9 +9,9 @@ import shutil
 import sys
 import tempfile
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from token_swarm_server.expert_process import STOP_SECONDS
 from token_swarm_server.settings import ExpertSettings, Settings
+from token_swarm_server.supervisor import ExpertProcess, RestartPolicy
 
 CONNECT_SECONDS = 10.0
 """How long an expert that should run already may take to answer."""
@@ -42,29 +42,41 @@ class LaunchError(RuntimeError):
         self.bad_input = bad_input
 
 
-@dataclass(frozen=True)
-class _Running:
-    """A process that was started here."""
+class Experts:
+    """Experts that run, as `launch` gives them. `endpoints`: gRPC address by name, in the configuration's order."""
 
-    name: str
-    process: Process
-    log: Path
+    def __init__(self, endpoints: Mapping[str, str], running: Sequence[ExpertProcess]) -> None:
+        self.endpoints = dict(endpoints)
+        self._running = {started.name: started for started in running}
+
+    def restart(self, name: str, reason: str) -> None:
+        """End the process of an expert, so that it is started again; one that was not started here is left alone."""
+        if name in self._running:
+            self._running[name].kill(reason)
+
+    def trouble(self, name: str) -> str | None:
+        """Why an expert's process does not run; None while it does, or was not started here."""
+        return self._running[name].trouble if name in self._running else None
 
 
 @asynccontextmanager
 async def launch(
-    settings: Settings, models: Mapping[str, str], *, console: Console
-) -> AsyncIterator[dict[str, str]]:
-    """Experts of `settings`, running: gRPC address by name, in the order of the configuration.
+    settings: Settings, models: Mapping[str, str], *, console: Console, policy: RestartPolicy | None = None
+) -> AsyncIterator[Experts]:
+    """Experts of `settings`, running.
 
-    models: what `resolve_models` says. Experts without an address start in parallel; on leaving they get
-    SIGTERM and, after `STOP_SECONDS`, SIGKILL. They also end by themselves when this process is killed.
-    Progress goes to `console`. Raises LaunchError when an expert does not come up.
+    models: what `resolve_models` says. Experts without an address start in parallel, and are started again whenever
+    they end; on leaving they get SIGTERM and, after `STOP_SECONDS`, SIGKILL. They also end by themselves when this
+    process is killed. Progress goes to `console`. Raises LaunchError when an expert does not come up the first time.
     """
     local = settings.local_experts()
     # Short and private: the path of a UNIX socket has at most 107 bytes, and who opens it can use the model.
     runtime = Path(tempfile.mkdtemp(prefix="token-swarm-"))
-    running: list[_Running] = []
+    running: list[ExpertProcess] = []
+
+    def report(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     try:
         endpoints = {
             name: expert.address or f"unix:{runtime}/{index}.sock"
@@ -73,20 +85,20 @@ async def launch(
         cores = _share_cores(local)
         for name, expert in local.items():
             given = expert.model_copy(update={"threads": expert.threads or _default_threads(len(local))})
-            started = await _start(name, models[name], given, endpoints[name], settings.cache)
-            running.append(started)
-            if settings.pin_cores and cores:
-                os.sched_setaffinity(started.process.pid, cores[name])
+            log = settings.cache / "logs" / f"{name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_bytes(b"")
+            pinned = cores.get(name) if settings.pin_cores else None
+            spawn = partial(_spawn, name, models[name], given, endpoints[name], log, pinned)
+            running.append(ExpertProcess(name, log, spawn, policy or RestartPolicy(), report))
+            await running[-1].start()
         await _wait_ready(endpoints, {started.name: started for started in running}, console)
-        watchers = [asyncio.create_task(_report_exit(started, console)) for started in running]
-        try:
-            yield endpoints
-        finally:
-            for watcher in watchers:
-                watcher.cancel()
+        for started in running:
+            started.watch()
+        yield Experts(endpoints, running)
     finally:
         # Shielded: a second Ctrl-C must not leave processes behind.
-        await asyncio.shield(asyncio.gather(*map(_stop, running)))
+        await asyncio.shield(asyncio.gather(*(started.stop() for started in running)))
         shutil.rmtree(runtime, ignore_errors=True)
 
 
@@ -111,10 +123,10 @@ def _share_cores(local: Mapping[str, ExpertSettings]) -> dict[str, set[int]]:
     return {name: {next(cores) for _ in range(count)} for name, count in needed.items()}
 
 
-async def _start(name: str, model: str, expert: ExpertSettings, address: str, cache: Path) -> _Running:
-    log = cache / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_bytes(b"")
+async def _spawn(
+    name: str, model: str, expert: ExpertSettings, address: str, log: Path, cores: Collection[int] | None
+) -> Process:
+    """Start an expert's process, on `cores` if it is to be pinned. Raises LaunchError when it cannot be run."""
     threads = str(expert.threads)
     command = [
         str(expert.python or sys.executable), "-m", "token_swarm_server.cli", "expert", name,
@@ -122,7 +134,7 @@ async def _start(name: str, model: str, expert: ExpertSettings, address: str, ca
         "--dtype", expert.dtype, "--threads", threads, "--max-sequences", str(expert.max_sequences),
         "--max-context", str(expert.max_context), "--stop-when-input-ends",
     ]  # fmt: skip
-    # Appending keeps the log in order should two servers share a cache.
+    # Appending keeps the log in order should two servers share a cache, and what a dead predecessor said.
     with log.open("ab") as out:
         try:
             process = await asyncio.create_subprocess_exec(
@@ -138,11 +150,14 @@ async def _start(name: str, model: str, expert: ExpertSettings, address: str, ca
             raise LaunchError(
                 f"experts.{name}.python: {command[0]} cannot be run: {error.strerror}", bad_input=True
             ) from error
-    return _Running(name, process, log)
+    if cores:
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(process.pid, cores)
+    return process
 
 
 async def _wait_ready(
-    endpoints: Mapping[str, str], running: Mapping[str, _Running], console: Console
+    endpoints: Mapping[str, str], running: Mapping[str, ExpertProcess], console: Console
 ) -> None:
     columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -161,7 +176,7 @@ async def _wait_ready(
             await asyncio.gather(*waits, return_exceptions=True)
 
 
-async def _wait_one(name: str, address: str, started: _Running | None) -> None:
+async def _wait_one(name: str, address: str, started: ExpertProcess | None) -> None:
     """Return once the expert's health is SERVING. Raises LaunchError when it exits, or nothing answers."""
     health = asyncio.create_task(_serving(address))
     try:
@@ -195,7 +210,7 @@ async def _serving(address: str) -> None:
             await asyncio.sleep(_POLL_SECONDS)
 
 
-def _exit_error(started: _Running) -> LaunchError:
+def _exit_error(started: ExpertProcess) -> LaunchError:
     code = started.process.returncode
     lines = [line.strip() for line in started.log.read_text(errors="replace").splitlines() if line.strip()]
     if lines and lines[-1].startswith("error: "):
@@ -205,22 +220,3 @@ def _exit_error(started: _Running) -> LaunchError:
     return LaunchError(
         f"expert {started.name!r} {how} while starting; last in {started.log}: {said}", bad_input=False
     )
-
-
-async def _report_exit(started: _Running, console: Console) -> None:
-    code = await started.process.wait()
-    console.print(f"expert {started.name} exited with code {code}; see {started.log}", markup=False)
-
-
-async def _stop(started: _Running) -> None:
-    process = started.process
-    if process.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), STOP_SECONDS)
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()

@@ -8,16 +8,21 @@ from collections.abc import Iterable
 from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.decoding.score import Score
 from token_swarm.errors import BadParameter
-from token_swarm.experts.contract import ExpertSpec
 from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Particle, Rule
 from token_swarm.v1 import swarm_pb2
 from token_swarm_server.engine import Finished
+from token_swarm_server.expert_link import ExpertLink, LinkState
+from token_swarm_server.generation import OnFailure
 
 RULES = {Rule.LINEAR: swarm_pb2.RULE_LINEAR, Rule.LOG_LINEAR: swarm_pb2.RULE_LOG_LINEAR}
 UNITS = {unit: swarm_pb2.Unit.Value(f"UNIT_{unit.name}") for unit in Unit}
 REASONS = {reason: swarm_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
+STATES = {LinkState.READY: swarm_pb2.EXPERT_STATE_READY, LinkState.DOWN: swarm_pb2.EXPERT_STATE_DOWN}
+_POLICY_OF = {swarm_pb2.ON_EXPERT_FAILURE_UNSPECIFIED: OnFailure.WAIT} | {
+    swarm_pb2.OnExpertFailure.Value(f"ON_EXPERT_FAILURE_{policy.name}"): policy for policy in OnFailure
+}
 _RULE_OF = {value: rule for rule, value in RULES.items()}
 _UNIT_OF = {swarm_pb2.UNIT_UNSPECIFIED: Unit.AUTO} | {value: unit for unit, value in UNITS.items()}
 
@@ -81,6 +86,13 @@ def request_from_proto(
     )
 
 
+def policy_from_proto(value: swarm_pb2.OnExpertFailure.ValueType) -> OnFailure:
+    """Raises BadParameter for a policy that does not exist."""
+    if value not in _POLICY_OF:
+        raise BadParameter("on_expert_failure", value, f"one of {sorted(_POLICY_OF)}")
+    return _POLICY_OF[value]
+
+
 def finish_to_proto(finished: Finished, request: DecodeRequest) -> swarm_pb2.Finish:
     """The final message of a stream."""
     finish = finished.finish
@@ -101,6 +113,8 @@ def finish_to_proto(finished: Finished, request: DecodeRequest) -> swarm_pb2.Fin
         certificate=finish.certificate,
         retired=finish.retired,
         unit=UNITS[finished.unit],
+        dropped=finished.dropped,
+        reopened=finished.reopened,
     )
 
 
@@ -124,8 +138,9 @@ def score_to_proto(score: Score, *, per_byte: bool) -> swarm_pb2.ScoreResponse:
     )
 
 
-def expert_to_proto(spec: ExpertSpec, group: int, state: swarm_pb2.ExpertState.ValueType) -> swarm_pb2.ExpertInfo:
+def expert_to_proto(link: ExpertLink, group: int) -> swarm_pb2.ExpertInfo:
     """What a caller may know of an expert."""
+    spec = link.spec
     return swarm_pb2.ExpertInfo(
         name=spec.name,
         architecture=spec.architecture,
@@ -134,7 +149,9 @@ def expert_to_proto(spec: ExpertSpec, group: int, state: swarm_pb2.ExpertState.V
         group=group,
         max_context=spec.max_context,
         dtype=str(spec.dtype).removeprefix("torch."),
-        state=state,
+        state=STATES[link.state],
+        reason=link.reason,
+        restarts=link.restarts,
     )
 
 

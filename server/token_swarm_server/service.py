@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import grpc
 
@@ -13,7 +16,9 @@ from token_swarm.particle import Mixture
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server import public_wire
 from token_swarm_server.engine import Engine, Finished
-from token_swarm_server.errors import Unavailable, abort
+from token_swarm_server.errors import DeadlineExceeded, Unavailable, abort
+from token_swarm_server.generation import Prompt
+from token_swarm_server.observer import Outcome, Watch
 from token_swarm_server.particle_store import ParticleStore
 
 logger = logging.getLogger(__name__)
@@ -26,11 +31,12 @@ DEFAULT_MAX_BYTES = 1024
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets that does not say otherwise."""
+    """What a request gets that does not say otherwise. `max_seconds`: the longest life of any request."""
 
     mixture: Mixture
     epsilon: float
     window: int | None
+    max_seconds: float
 
 
 class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
@@ -42,41 +48,72 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         self._defaults = defaults
         self._draining = False
 
+    def use_particles(self, particles: ParticleStore) -> None:
+        """Offer other particles from the next request on."""
+        self._particles = particles
+
     def drain(self) -> None:
         """Refuse new texts from now on; running ones go on."""
         self._draining = True
 
-    async def Generate(  # noqa: N802 - gRPC's name
+    async def Generate(  # type: ignore[override]  # noqa: N802 - gRPC's name; the stubs know only the generator style
         self, request: swarm_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[swarm_pb2.GenerateResponse]:
+    ) -> None:
         """Stream the continuation of a prompt."""
         try:
-            self._require_open()
-            mixture = self._mixture(request)
-            decode = public_wire.request_from_proto(
-                request,
-                epsilon=self._defaults.epsilon,
-                window=self._defaults.window,
-                default_max_bytes=DEFAULT_MAX_BYTES,
-            )
-            async for event in self._engine.generate(request.prompt, request.chat, mixture, decode):
-                if isinstance(event, Finished):
-                    yield swarm_pb2.GenerateResponse(finish=public_wire.finish_to_proto(event, decode))
-                else:
-                    yield swarm_pb2.GenerateResponse(chunk=swarm_pb2.Chunk(text=event))
+            with self._watch("generate", request.request_id, len(request.prompt.encode()), context) as watch:
+                async with self._limit():
+                    await self._generate(request, context, watch)
         except Exception as error:  # every error becomes one status
             await abort(context, error)
+
+    async def _generate(self, request: swarm_pb2.GenerateRequest, context: Context, watch: Watch) -> None:
+        self._require_open()
+        decode = public_wire.request_from_proto(
+            request, epsilon=self._defaults.epsilon, window=self._defaults.window, default_max_bytes=DEFAULT_MAX_BYTES
+        )
+        policy = public_wire.policy_from_proto(request.on_expert_failure)
+        prompt = Prompt(request.prompt, request.chat, self._mixture(request), policy)
+        await context.send_initial_metadata((("x-request-id", watch.id),))
+        async with contextlib.aclosing(self._engine.generate(prompt, decode, watch)) as events:
+            async for event in events:
+                # Returns once the transport takes it: a slow reader holds up its own text and nothing else.
+                if isinstance(event, Finished):
+                    finish = public_wire.finish_to_proto(event, decode)
+                    await context.write(swarm_pb2.GenerateResponse(finish=finish))
+                else:
+                    await context.write(swarm_pb2.GenerateResponse(chunk=swarm_pb2.Chunk(text=event)))
 
     async def Score(  # noqa: N802
         self, request: swarm_pb2.ScoreRequest, context: Context
     ) -> swarm_pb2.ScoreResponse:
         """Log-probability of a text."""
+        size = len(request.prompt.encode()) + len(request.text.encode())
         try:
-            self._require_open()
-            score = await self._engine.score(request.prompt, request.text, request.chat, self._mixture(request))
-            return public_wire.score_to_proto(score, per_byte=request.per_byte)
+            with self._watch("score", "", size, context) as watch:
+                async with self._limit():
+                    self._require_open()
+                    prompt = Prompt(request.prompt, request.chat, self._mixture(request))
+                    score = await self._engine.score(prompt, request.text, watch)
+                    watch.finished(Outcome("scored"))
+                    return public_wire.score_to_proto(score, per_byte=request.per_byte)
         except Exception as error:  # every error becomes one status
             await abort(context, error)
+
+    def _watch(self, kind: Literal["generate", "score"], given_id: str, size: int, context: Context) -> Watch:
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        return self._engine.observer.request(
+            kind, given_id, prompt_bytes=size, metadata=metadata, time_remaining=context.time_remaining()
+        )
+
+    @asynccontextmanager
+    async def _limit(self) -> AsyncIterator[None]:
+        seconds = self._defaults.max_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the request took longer than this server allows, {seconds:g} s") from error
 
     async def ListExperts(  # noqa: N802
         self, request: swarm_pb2.ListExpertsRequest, context: Context
@@ -87,14 +124,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         group_of = {name: i for i, group in enumerate(ensemble.groups(ensemble.uniform())) for name in group.names}
         return swarm_pb2.ListExpertsResponse(
             experts=[
-                public_wire.expert_to_proto(
-                    spec,
-                    group_of[name],
-                    swarm_pb2.EXPERT_STATE_DOWN
-                    if self._engine.connections[name].is_lost
-                    else swarm_pb2.EXPERT_STATE_READY,
-                )
-                for name, spec in ensemble.specs.items()
+                public_wire.expert_to_proto(link, group_of[name]) for name, link in self._engine.links.items()
             ]
         )
 
@@ -142,10 +172,9 @@ class MalformedRequests(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
             await _refuse_malformed(request, context)
             return await handler.unary_unary(request, context)
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def stream(request: Any, context: Context) -> None:
             await _refuse_malformed(request, context)
-            async for response in handler.unary_stream(request, context):
-                yield response
+            await handler.unary_stream(request, context)
 
         make = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler

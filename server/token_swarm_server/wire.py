@@ -56,10 +56,12 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class TimedStepResult(StepResult):
-    """A step's result, the seconds the expert computed and how many sequences shared the forward."""
+    """A step's result, the seconds the expert computed, how many sequences shared the forward, and whether the logits
+    travelled inside the message."""
 
     seconds: float
     batch_size: int
+    inline: bool
 
 
 def row_count(op: Op) -> int:

@@ -19,7 +19,11 @@ from token_swarm_server.config import load_settings
 from token_swarm_server.coordinator import CoordinatorServer
 from token_swarm_server.engine import Engine
 from token_swarm_server.expert_client import ExpertConnection
+from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState
 from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.generation import Prompt
+from token_swarm_server.observer import Observer
+from token_swarm_server.settings import CoordinatorSettings
 
 from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
@@ -53,12 +57,7 @@ async def coordinator(tmp_path: Path, **options: Any) -> AsyncIterator[Running]:
         coordinator={"listen": "127.0.0.1:0", "particles": options.pop("particles", None), **options},
         cache=tmp_path / "cache",
     )
-    engine = await Engine.connect(
-        {name: server.address for name, server in servers.items()},
-        cache=settings.cache,
-        lanes=settings.coordinator.lanes_per_expert,
-        max_queue=settings.coordinator.max_queue,
-    )
+    engine = await Engine.connect({name: server.address for name, server in servers.items()}, settings)
     server = CoordinatorServer(settings, engine)
     await server.start()
     async with grpc.aio.insecure_channel(server.address) as channel:
@@ -123,11 +122,11 @@ async def test_eight_streams_share_batches_and_disturb_nobody(tmp_path: Path) ->
             for i in range(8)
         ]
         alone = [await collect(running.stub.Generate(request)) for request in requests]
-        for scheduler in running.engine.schedulers.values():
-            scheduler.counters.steps = scheduler.counters.submissions = 0
+        for link in running.engine.links.values():
+            link.counters.steps = link.counters.submissions = 0
         together = await asyncio.gather(*(collect(running.stub.Generate(request)) for request in requests))
         assert [text for text, _ in together] == [text for text, _ in alone]
-        assert max(scheduler.counters.batch_size for scheduler in running.engine.schedulers.values()) > 1.2
+        assert max(link.counters.batch_size for link in running.engine.links.values()) > 1.2
         await nothing_held(running)
 
 
@@ -182,9 +181,16 @@ async def test_both_transports_give_the_same_text(tmp_path: Path) -> None:
                 for name, server in running.servers.items()
             }
             assert {connection.transport for connection in connections.values()} == {transport}
-            engine = Engine(connections, running.engine.ensemble, lanes=2, max_queue=1)
+            options = LinkOptions(tmp_path, chunk=32)
+            links = {
+                name: ExpertLink(connection, running.servers[name].address, options)
+                for name, connection in connections.items()
+            }
+            engine = Engine(links, running.engine.ensemble, CoordinatorSettings(), Observer())
             decode = DecodeRequest(seed=5, max_bytes=80)
-            events = [e async for e in engine.generate("ab", False, Mixture({"e0": 0.5, "e1": 0.5}), decode)]
+            prompt = Prompt("ab", False, Mixture({"e0": 0.5, "e1": 0.5}))
+            with engine.observer.request("generate") as watch:
+                events = [event async for event in engine.generate(prompt, decode, watch)]
             texts[transport] = "".join(event for event in events if isinstance(event, str))
             await engine.close()
     assert len(set(texts.values())) == 1
@@ -332,11 +338,17 @@ async def test_experts_health_and_a_lost_expert(tmp_path: Path) -> None:
         answer = await stub.Check(health_pb2.HealthCheckRequest(service="token_swarm.v1.SwarmService"))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         await running.servers["e1"].stop()
-        await running.engine.connections["e1"].wait_lost()
+        while running.engine.links["e1"].state is LinkState.READY:
+            await asyncio.sleep(0.01)
         listed = (await running.stub.ListExperts(swarm_pb2.ListExpertsRequest())).experts
         assert [e.state for e in listed] == [swarm_pb2.EXPERT_STATE_READY, swarm_pb2.EXPERT_STATE_DOWN]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await collect(running.stub.Generate(swarm_pb2.GenerateRequest(prompt="ab", max_bytes=5)))
+            failing = swarm_pb2.ON_EXPERT_FAILURE_FAIL
+            await collect(
+                running.stub.Generate(
+                    swarm_pb2.GenerateRequest(prompt="ab", max_bytes=5, on_expert_failure=failing)
+                )
+            )
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "'e1'" in (caught.value.details() or "")
         alone = swarm_pb2.GenerateRequest(prompt="ab", max_bytes=5, mixture=mixture({"e0": 1.0}))

@@ -22,6 +22,7 @@ from token_swarm_server.batching import ExpertScheduler
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_server import SERVICE, SLOT_ROWS, ExpertServer
+from token_swarm_server.wire import row_count
 
 from token_swarm.errors import BadParameter
 from token_swarm.experts import laws
@@ -308,7 +309,7 @@ async def held_up(expert, scheduler):
     """A submission whose step waits at the gate."""
     expert.gate.clear()
     expert.entered.clear()
-    first = asyncio.create_task(scheduler.submit([Open(scheduler.allocate_sequence(), (1,))]))
+    first = asyncio.ensure_future(scheduler.submit([Open(scheduler.allocate_sequence(), (1,))]))
     await asyncio.to_thread(expert.entered.wait, 10)
     return first
 
@@ -321,7 +322,7 @@ async def test_what_arrives_during_a_step_shares_the_next_one(tmp_path, prefer):
         ids = [scheduler.allocate_sequence() for _ in range(8)]
         assert len(set(ids)) == 8
         later = [
-            asyncio.create_task(scheduler.submit([Open(sequence, (1 + sequence % 3,) * (1 + sequence))]))
+            asyncio.ensure_future(scheduler.submit([Open(sequence, (1 + sequence % 3,) * (1 + sequence))]))
             for sequence in ids
         ]
         await eventually(lambda: scheduler.queued == 8)
@@ -352,7 +353,7 @@ async def test_a_cancelled_caller_leaves_what_was_sent_and_drops_what_was_not(tm
     expert = Watched()
     async with scheduled(expert, tmp_path) as scheduler:
         sent = await held_up(expert, scheduler)
-        waiting = asyncio.create_task(scheduler.submit([Open(40, (1,))]))
+        waiting = asyncio.ensure_future(scheduler.submit([Open(40, (1,))]))
         await eventually(lambda: scheduler.queued == 1)
         for task in (sent, waiting):
             task.cancel()
@@ -370,11 +371,13 @@ async def test_batches_keep_to_the_rows_of_a_step(tmp_path):
         connection.max_rows = 4
         scheduler = ExpertScheduler(connection)
         first = await held_up(expert, scheduler)
-        later = [asyncio.create_task(scheduler.submit([Open(9 + n, (1,) * 3, Rows.ALL)])) for n in range(3)]
+        later = [asyncio.ensure_future(scheduler.submit([Open(9 + n, (1,) * 3, Rows.ALL)])) for n in range(3)]
         await eventually(lambda: scheduler.queued == 3)
         expert.gate.set()
-        await asyncio.gather(first, *later)
-        assert [len(step) for step in expert.steps] == [1, 1, 1, 1]
+        _, *results = await asyncio.gather(first, *later)
+        assert [sum(map(row_count, step)) for step in expert.steps] == [1, 4, 4, 1]
+        for (rows,) in results:
+            assert torch.equal(rows, torch.stack([expert.law((1,) * length) for length in (1, 2, 3)]))
         with pytest.raises(BadParameter, match="at most 4 rows"):
             await scheduler.submit([Open(20, (1,) * 5, Rows.ALL)])
         await scheduler.close()
@@ -407,7 +410,7 @@ async def test_closing_the_scheduler_fails_what_waits(tmp_path):
     expert = Watched()
     async with scheduled(expert, tmp_path) as scheduler:
         first = await held_up(expert, scheduler)
-        later = asyncio.create_task(scheduler.submit([Open(9, (1,))]))
+        later = asyncio.ensure_future(scheduler.submit([Open(9, (1,))]))
         await eventually(lambda: scheduler.queued == 1)
         await scheduler.close()
         for task in (first, later):
@@ -535,9 +538,9 @@ async def test_a_killed_expert_fails_its_callers_and_leaves_no_file(tmp_path, sh
         sequence = scheduler.allocate_sequence()
         (rows,) = await scheduler.submit([Open(sequence, (1, 2))])
         assert torch.equal(rows[0], toy().law((1, 2)))
-        running = asyncio.create_task(scheduler.submit([Extend(sequence, (3,))]))
+        running = asyncio.ensure_future(scheduler.submit([Extend(sequence, (3,))]))
         await asyncio.sleep(0.1)
-        waiting = asyncio.create_task(scheduler.submit([Extend(sequence, (1,))]))
+        waiting = asyncio.ensure_future(scheduler.submit([Extend(sequence, (1,))]))
         await asyncio.sleep(0.01)
         expert.send_signal(signal.SIGKILL)
         for task in (running, waiting):

@@ -72,15 +72,16 @@ def sockets(endpoints) -> list[Path]:
 
 async def start(settings):
     models_of = resolve_models(settings.local_experts(), settings.cache, console=quiet())
-    async with launch(settings, models_of, console=quiet()) as endpoints:
-        return endpoints
+    async with launch(settings, models_of, console=quiet()) as experts:
+        return experts.endpoints
 
 
 async def test_experts_run_side_by_side_and_are_gone_afterwards(tiny, tmp_path):
     settings = settings_for(tmp_path, one={"model": str(tiny), "threads": 1}, two=tiny)
     settings.pin_cores = True
     models_of = resolve_models(settings.local_experts(), settings.cache, console=quiet())
-    async with launch(settings, models_of, console=quiet()) as endpoints:
+    async with launch(settings, models_of, console=quiet()) as experts:
+        endpoints = experts.endpoints
         assert list(endpoints) == ["one", "two"]
         assert all(path.parent.stat().st_mode & 0o777 == 0o700 for path in sockets(endpoints))
         running = children()
@@ -98,7 +99,7 @@ async def test_experts_run_side_by_side_and_are_gone_afterwards(tiny, tmp_path):
         # An expert that runs already is used, not started.
         settings = settings_for(tmp_path, one={"address": endpoints["one"]})
         async with launch(settings, {}, console=quiet()) as again:
-            assert again == {"one": endpoints["one"]}
+            assert again.endpoints == {"one": endpoints["one"]}
             assert len(children()) == 2
     assert not any(process.is_running() for process in running)
     assert not any(path.parent.exists() for path in sockets(endpoints))

@@ -12,6 +12,7 @@ import typer
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
 from token_swarm_server.config import load_settings
+from token_swarm_server.grpc_host import public_access
 from token_swarm_server.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ def serve(
     listen: Annotated[
         str | None, typer.Option(help="host:port or unix:/path, instead of the file's.")
     ] = None,
+    allow_insecure: Annotated[
+        bool,
+        typer.Option("--allow-insecure", help="Let other machines in without encryption, or without asking who calls."),
+    ] = False,
 ) -> None:
     """Serve the experts of a configuration as one model.
 
@@ -33,8 +38,11 @@ def serve(
       token-swarm serve --config examples/demo.yaml
       TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve --config examples/demo.yaml
     """
-    settings = load_settings(config, **({"coordinator": {"listen": listen}} if listen else {}))
+    given = ({"listen": listen} if listen else {}) | ({"allow_insecure": True} if allow_insecure else {})
+    settings = load_settings(config, **({"coordinator": given} if given else {}))
     _require_free(settings.coordinator.listen)
+    # Before minutes of loading.
+    public_access(settings.coordinator).require_usable(settings.coordinator.listen, "coordinator.listen")
     console = session.stderr_console()
     models = session.ready_models(settings, console)
     session.run(_serve(settings, models, console))
@@ -64,13 +72,14 @@ async def _serve(settings: Settings, models: dict[str, str], console: Console) -
     tables: list[asyncio.Task[None]] = []
 
     def ready(address: str) -> None:
-        tables.append(asyncio.create_task(_show(address, console)))
+        if settings.coordinator.tls is None and settings.coordinator.tokens is None:
+            tables.append(asyncio.create_task(_show(address, console)))
         console.print(f"serving on {address}; stop with Ctrl-C", markup=False, highlight=False)
 
     with session.start_errors():
-        async with launch(settings, models, console=console) as endpoints:
+        async with launch(settings, models, console=console) as experts:
             run_coordinator = await importing
-            await run_coordinator(settings, endpoints, ready=ready)
+            await run_coordinator(settings, experts.endpoints, reviver=experts, ready=ready)
             await asyncio.gather(*tables)
             console.print("stopping the experts")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from token_swarm_server.cli import options
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, INTERRUPTED, CliError
 from token_swarm_server.config import load_settings
 from token_swarm_server.settings import DEFAULT_LISTEN, Settings
@@ -61,25 +62,27 @@ def with_server(
     address: str | None,
     config: Path | None,
     call: Callable[[swarm_pb2_grpc.SwarmServiceAsyncStub], Awaitable[_T]],
+    credentials: options.Credentials = options.PLAIN,
 ) -> _T:
-    """Run `call` against the server at `address`, or one that is started from `config` for this call."""
+    """Run `call` against the server at `address`, or one that is started from `config` for this call.
+
+    `credentials`: for the server at `address`.
+    """
     if config is not None and address is not None:
         raise CliError("--address: leave it out, --config starts a server of its own")
     if config is not None:
         return with_own_server(load_settings(config), call)
-    return run(_on_server(address or DEFAULT_LISTEN, call))
+    return run(_on_server(address or DEFAULT_LISTEN, call, credentials))
 
 
-def with_own_server(
-    settings: Settings, call: Callable[[swarm_pb2_grpc.SwarmServiceAsyncStub], Awaitable[_T]]
-) -> _T:
+def with_own_server(settings: Settings, call: Callable[[swarm_pb2_grpc.SwarmServiceAsyncStub], Awaitable[_T]]) -> _T:
     """Start the experts and a coordinator on a private socket, run `call`, stop everything."""
     console = stderr_console()
     models = ready_models(settings, console)
 
     async def main() -> _T:
         async with _own_server(settings, models, console) as address:
-            return await _on_server(address, call)
+            return await _on_server(address, call, options.PLAIN)
 
     return run(main())
 
@@ -117,11 +120,13 @@ async def import_coordinator() -> Callable[..., Coroutine[Any, Any, None]]:
 
 
 async def _on_server(
-    address: str, call: Callable[[swarm_pb2_grpc.SwarmServiceAsyncStub], Awaitable[_T]]
+    address: str,
+    call: Callable[[swarm_pb2_grpc.SwarmServiceAsyncStub], Awaitable[_T]],
+    credentials: options.Credentials,
 ) -> _T:
     from token_swarm_server.cli.client import connect
 
-    async with connect(address) as stub:
+    async with connect(address, credentials) as stub:
         return await call(stub)
 
 
@@ -131,13 +136,19 @@ async def _own_server(settings: Settings, models: dict[str, str], console: Conso
 
     importing = asyncio.create_task(import_coordinator())
     with tempfile.TemporaryDirectory(prefix="token-swarm-") as folder, start_errors():
-        private = settings.coordinator.model_copy(update={"listen": f"unix:{folder}/swarm.sock"})
-        async with launch(settings, models, console=console) as endpoints:
+        # A folder that only this user can enter guards it better than a token.
+        private = settings.coordinator.model_copy(
+            update={"listen": f"unix:{folder}/swarm.sock", "tls": None, "tokens": None}
+        )
+        async with launch(settings, models, console=console) as experts:
             run_coordinator = await importing
             ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             coordinator = asyncio.create_task(
                 run_coordinator(
-                    settings.model_copy(update={"coordinator": private}), endpoints, ready=ready.set_result
+                    settings.model_copy(update={"coordinator": private}),
+                    experts.endpoints,
+                    reviver=experts,
+                    ready=ready.set_result,
                 )
             )
             try:
