@@ -17,6 +17,7 @@ from token_swarm.experts.contract import (
     Open,
     OpError,
     OpErrorKind,
+    Rows,
     Truncate,
 )
 
@@ -66,6 +67,13 @@ def apply_lengths(op: Op, lengths: dict[int, int]) -> None:
             lengths.pop(sequence, None)
         case _:
             assert_never(op)
+
+
+def row_count(op: Op) -> int:
+    """Logit rows that `op` returns when it is not refused."""
+    if not isinstance(op, Open | Extend):
+        return 0
+    return {Rows.NONE: 0, Rows.LAST: 1, Rows.ALL: len(op.tokens)}[op.rows]
 
 
 def _name(op: Op) -> str:

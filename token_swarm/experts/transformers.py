@@ -19,20 +19,13 @@ from token_swarm.experts.contract import (
     Op,
     Open,
     OpError,
-    Rows,
     StepResult,
 )
 from token_swarm.experts.cpu_linear import pack_linears
-from token_swarm.experts.ops import apply_lengths, refusal
+from token_swarm.experts.ops import apply_lengths, refusal, row_count
 from token_swarm.experts.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
 from token_swarm.experts.slot_cache import SlotCache
-from token_swarm.experts.token_bytes import (
-    TokenizerError,
-    canonical_digest,
-    check_round_trip,
-    eos_ids_of,
-    vocabulary_of,
-)
+from token_swarm.experts.tokenizer_spec import expert_spec
 from token_swarm.experts.transformers_check import CONTEXT, SEQUENCES, PlainForward
 from token_swarm.experts.transformers_loading import ExpertLoadError, context_limit, device_of, load
 from token_swarm.experts.transformers_prompt import PromptEncoder
@@ -85,7 +78,7 @@ class TransformersExpert:
             torch.set_num_threads(threads)
         self._device = device_of(device)
         self._model, tokenizer = load(model, self._device, dtype)
-        limit = context_limit(self._model)
+        limit = context_limit(self._model.config)
         context = max_context if limit is None else min(max_context, limit)
         self._spec = _spec(name, self._model, tokenizer, max_sequences, context)
         self._prompts = PromptEncoder(tokenizer, self._spec.vocabulary)
@@ -120,7 +113,7 @@ class TransformersExpert:
     def step(self, ops: Sequence[Op]) -> StepResult:
         """See `Expert.step`. If a forward fails, every sequence is closed before the error is raised."""
         # Made outside inference mode, so that whoever gets the rows may write to them.
-        bound = sum(_row_count(op) for op in ops)
+        bound = sum(row_count(op) for op in ops)
         logits = torch.empty(bound, self._spec.vocabulary.width, dtype=self._spec.dtype)
         spans: list[tuple[int, int]] = []
         errors: list[OpError | None] = []
@@ -132,7 +125,7 @@ class TransformersExpert:
                     first = row
                     if error is None:
                         self._plan(op, first, logits)
-                        row += _row_count(op)
+                        row += row_count(op)
                     errors.append(error)
                     spans.append((first, row))
                 self._flush(logits)
@@ -187,7 +180,7 @@ class TransformersExpert:
     def _wait(self, op: Open | Extend, start: int, row: int) -> None:
         waiting = self._waiting.setdefault(self._slots[op.sequence], _Waiting(start))
         waiting.tokens.extend(op.tokens)
-        count = _row_count(op)
+        count = row_count(op)
         end = len(waiting.tokens)
         waiting.wanted.extend((end - count + index, row + index) for index in range(count))
 
@@ -214,9 +207,7 @@ class TransformersExpert:
             action()
         self._clear_plan()
 
-    def _forward(
-        self, runs: list[Run], tokens: list[int], wanted: list[tuple[int, int]], logits: torch.Tensor
-    ) -> None:
+    def _forward(self, runs: list[Run], tokens: list[int], wanted: list[tuple[int, int]], logits: torch.Tensor) -> None:
         """One forward over `runs`; batch row i of each wanted (i, j) becomes row j of `logits`."""
         batch = PackedBatch(runs, self._device)
         active = ACTIVE.set(batch)
@@ -251,30 +242,18 @@ def _at_least(field_name: str, value: int, least: int) -> None:
         raise ExpertLoadError(f"{field_name}: {value} is not allowed, at least {least} is needed")
 
 
-def _row_count(op: Op) -> int:
-    if not isinstance(op, Open | Extend):
-        return 0
-    return {Rows.NONE: 0, Rows.LAST: 1, Rows.ALL: len(op.tokens)}[op.rows]
-
-
 def _spec(name: str, model: Any, tokenizer: Any, max_sequences: int, max_context: int) -> ExpertSpec:
     head = model.get_output_embeddings()
     if head is None:
         raise ExpertLoadError(f"model: {type(model).__name__} has no language-model head")
-    try:
-        eos_ids = eos_ids_of(model.config, model.generation_config, tokenizer)
-        vocabulary = vocabulary_of(tokenizer, width=head.weight.shape[0], eos_ids=eos_ids)
-        check_round_trip(tokenizer, vocabulary)
-        canonical = canonical_digest(tokenizer)
-    except TokenizerError as error:
-        raise ExpertLoadError(f"model: {error}") from error
-    return ExpertSpec(
-        name=name,
-        architecture=type(model).__name__,
-        vocabulary=vocabulary,
-        canonical=canonical,
-        max_context=max_context,
-        max_sequences=max_sequences,
+    return expert_spec(
+        name,
+        type(model).__name__,
+        tokenizer,
+        config=model.config,
+        generation_config=model.generation_config,
+        width=head.weight.shape[0],
         dtype=model.dtype,
-        has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
+        max_sequences=max_sequences,
+        max_context=max_context,
     )

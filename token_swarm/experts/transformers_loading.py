@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,16 +23,11 @@ def load(model: str | Path, device: torch.device, dtype: str) -> tuple[Any, Any]
     Raises ExpertLoadError when it is missing, is not a causal LM, keeps a state that cannot be rolled back,
     or has an attention that cannot be replaced.
     """
-    source = _source(model)
-    try:
+    source = source_of(model)
+    with _one_line(source):
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        network = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=_dtype(dtype, device))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, ExpertLoadError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise ExpertLoadError(f"model: {source} cannot be loaded as a causal language model: {reason}") from error
+        network = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype_of(dtype, device))
     name = type(network).__name__
     if getattr(network, "_is_stateful", False):
         raise ExpertLoadError(f"model: {name} keeps a recurrent state, which cannot be rolled back")
@@ -39,6 +36,21 @@ def load(model: str | Path, device: torch.device, dtype: str) -> tuple[Any, Any]
     if getattr(config, "is_encoder_decoder", False):
         raise ExpertLoadError(f"model: {name} is an encoder-decoder, a decoder-only model is needed")
     return network.eval().to(device), tokenizer
+
+
+def load_tokenizer(source: str) -> tuple[Any, Any, Any]:
+    """Configuration, generation configuration (None without one) and tokenizer, for a backend with its own weights.
+
+    `source`: what `source_of` says. Raises ExpertLoadError.
+    """
+    with _one_line(source):
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation = None
+    return config, generation, tokenizer
 
 
 def device_of(device: str) -> torch.device:
@@ -51,13 +63,14 @@ def device_of(device: str) -> torch.device:
     return parsed
 
 
-def context_limit(network: Any) -> int | None:
-    """Positions the model knows, None when it does not say."""
-    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+def context_limit(config: Any) -> int | None:
+    """Positions the model knows, None when its configuration does not say."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
-def _source(model: str | Path) -> str:
+def source_of(model: str | Path) -> str:
+    """What `from_pretrained` is given for a directory or hub id. Raises ExpertLoadError for a missing directory."""
     source = str(Path(model).expanduser()) if isinstance(model, Path) else model
     path = Path(source).expanduser()
     if path.is_dir():
@@ -68,12 +81,24 @@ def _source(model: str | Path) -> str:
     return source
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def dtype_of(dtype: str, device: torch.device) -> torch.dtype:
+    """Parse a dtype; "auto" is bfloat16 where `device` computes it natively, else float32. Raises ExpertLoadError."""
     if dtype == "auto":
         return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
     if dtype not in _DTYPES:
         raise ExpertLoadError(f"dtype: {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, ExpertLoadError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ExpertLoadError(f"model: {source} cannot be loaded as a causal language model: {reason}") from error
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
