@@ -166,14 +166,14 @@ def _check_address(address: str, field: str, access: Access) -> None:
         )
     if listen.path is None:
         return
-    listen.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        listen.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        taken = listen.path.exists() and stat.S_ISSOCK(listen.path.stat().st_mode)
+    except OSError as error:
+        raise BadParameter(field, address, f"in a folder that this user may use ({error.strerror})") from error
     # gRPC would silently take the socket away from a server that listens there.
     with socket.socket(socket.AF_UNIX) as probe:
-        if (
-            listen.path.exists()
-            and stat.S_ISSOCK(listen.path.stat().st_mode)
-            and probe.connect_ex(str(listen.path)) == 0
-        ):
+        if taken and probe.connect_ex(str(listen.path)) == 0:
             raise BadParameter(field, address, "an address where no other server listens")
 
 

@@ -35,6 +35,11 @@ def generate(
     epsilon: options.Epsilon = None,
     address: options.Address = None,
     config: options.Config = None,
+    token_file: options.TokenFile = None,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt with the ensemble.
@@ -61,6 +66,7 @@ def generate(
         unit=swarm_pb2.Unit.Value(f"UNIT_{unit.name}"),
         **options.mixing_fields(weights, particle, rule),
     )
+    credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
     pieces: list[str] = []
 
     async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> swarm_pb2.Finish:
@@ -68,7 +74,7 @@ def generate(
 
         return await stream_text(stub, request, pieces.append if as_json else write_text)
 
-    finish = session.with_server(address, config, call)
+    finish = session.with_server(address, config, call, credentials)
     if as_json:
         print_json("".join(pieces), finish)
     else:

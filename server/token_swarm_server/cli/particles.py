@@ -26,6 +26,11 @@ def list_particles(
     context: typer.Context,
     folder: Annotated[Path | None, typer.Option("--dir", help="List this folder instead of a server's.")] = None,
     address: options.Address = None,
+    token_file: options.TokenFile = None,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
     as_json: options.Json = False,
 ) -> None:
     """List named mixtures.
@@ -46,7 +51,11 @@ def list_particles(
     from token_swarm_server.cli.client import plain
     from token_swarm_server.cli.report import particles_table
 
-    listed = _of_folder(folder) if folder is not None else session.with_server(address, None, _of_server)
+    if folder is not None:
+        listed = _of_folder(folder)
+    else:
+        credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
+        listed = session.with_server(address, None, _of_server, credentials)
     if as_json:
         print(json.dumps(plain(listed)))
     else:

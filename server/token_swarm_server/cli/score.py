@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 
 def score(
     text: Annotated[str | None, typer.Option(help="Text to score; default: standard input.")] = None,
-    text_file: Annotated[
-        Path | None, typer.Option(help="File with the text to score.", metavar="FILE")
-    ] = None,
+    text_file: Annotated[Path | None, typer.Option(help="File with the text to score.", metavar="FILE")] = None,
     prompt: Annotated[str, typer.Option(help="Text that comes before and is not scored.")] = "",
     chat: options.Chat = False,
     weights: options.Weights = None,
     particle: options.ParticleName = None,
     rule: options.RuleOption = None,
-    per_byte: Annotated[
-        bool, typer.Option("--per-byte", help="Bits of every byte as well (--json).")
-    ] = False,
+    per_byte: Annotated[bool, typer.Option("--per-byte", help="Bits of every byte as well (--json).")] = False,
     address: options.Address = None,
     config: options.Config = None,
+    token_file: options.TokenFile = None,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure how well the ensemble predicts a text.
@@ -55,11 +56,12 @@ def score(
         per_byte=per_byte,
         **options.mixing_fields(weights, particle, rule),
     )
+    credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
 
     async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> Any:
         return await stub.Score(request)
 
-    report = _report(session.with_server(address, config, call), per_byte=per_byte)
+    report = _report(session.with_server(address, config, call, credentials), per_byte=per_byte)
     if as_json:
         print(json.dumps(report))
     else:
@@ -90,8 +92,7 @@ def _report(response: swarm_pb2.ScoreResponse, *, per_byte: bool) -> dict[str, A
         report["per_byte"] = {
             "ensemble": [-nats / math.log(2) for nats in response.byte_log_probs],
             "experts": {
-                each.expert: [-nats / math.log(2) for nats in each.byte_log_probs]
-                for each in response.experts
+                each.expert: [-nats / math.log(2) for nats in each.byte_log_probs] for each in response.experts
             },
         }
     return report
