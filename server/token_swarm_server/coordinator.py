@@ -14,7 +14,7 @@ from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.engine import Engine
 from token_swarm_server.expert_link import Reviver
 from token_swarm_server.grpc_host import GrpcHost, on_signals, stop_signal
-from token_swarm_server.observer import Observer
+from token_swarm_server.observability import Observability
 from token_swarm_server.particle_store import ParticleStore
 from token_swarm_server.service import Defaults, MalformedRequests, SwarmService
 from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES, Settings
@@ -50,8 +50,9 @@ class CoordinatorServer:
         return self._host.address
 
     async def start(self) -> None:
-        """Listen. Raises BadParameter if the address is taken."""
+        """Listen. Raises BadParameter if an address is taken."""
         self._host.bind()
+        self._engine.observer.start(self._engine.links)
         self._engine.changed = self._experts_changed.set
         await self._host.start()
         self._health = asyncio.create_task(self._keep_health())
@@ -83,7 +84,7 @@ class CoordinatorServer:
         self._service.drain()
         await self._host.server.stop(self._settings.drain_seconds if grace is None else grace)
         await self._engine.close()
-        self._engine.observer.close()
+        await self._engine.observer.stop()
 
     async def stop_now(self) -> None:
         """End the grace of a `stop` that is under way."""
@@ -95,7 +96,7 @@ async def run_coordinator(
     endpoints: Mapping[str, str],
     *,
     reviver: Reviver | None = None,
-    observer: Observer | None = None,
+    observer: Observability | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve `settings.coordinator.listen` until SIGTERM or SIGINT, then drain; a second signal ends the draining.
@@ -112,6 +113,7 @@ async def run_coordinator(
         await server.start()
     except BaseException:
         await engine.close()
+        await engine.observer.stop()
         raise
     if ready is not None:
         ready(server.address)

@@ -17,7 +17,8 @@ from token_swarm.mixing.groups import Unit
 from token_swarm_server.admission import Admission
 from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState, Reviver
 from token_swarm_server.generation import Generation, Members, Prompt, score_text
-from token_swarm_server.observer import Observer, Outcome, Watch
+from token_swarm_server.observability import Observability
+from token_swarm_server.observer import Outcome, Watch
 from token_swarm_server.settings import CoordinatorSettings, Settings
 
 
@@ -45,7 +46,7 @@ class Engine:
         links: Mapping[str, ExpertLink],
         ensemble: Ensemble,
         limits: CoordinatorSettings,
-        observer: Observer,
+        observer: Observability,
     ) -> None:
         """Raises BadParameter for limits that the experts cannot keep."""
         self.ensemble = ensemble
@@ -73,7 +74,7 @@ class Engine:
         settings: Settings,
         *,
         reviver: Reviver | None = None,
-        observer: Observer | None = None,
+        observer: Observability | None = None,
         wait_seconds: float = 60.0,
     ) -> Engine:
         """Connect to every expert at once. `endpoints`: gRPC address by name.
@@ -81,7 +82,7 @@ class Engine:
         Raises ExpertUnavailable or TransportError, and BadParameter for settings that the experts contradict; it then
         leaves no connection.
         """
-        observer = observer or Observer()
+        observer = observer or Observability(settings)
         made: list[Engine] = []
 
         def crowded() -> bool:

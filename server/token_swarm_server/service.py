@@ -20,6 +20,7 @@ from token_swarm_server.errors import DeadlineExceeded, Unavailable, abort
 from token_swarm_server.generation import Prompt
 from token_swarm_server.observer import Outcome, Watch
 from token_swarm_server.particle_store import ParticleStore
+from token_swarm_server.status import look, status_to_proto
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Defaults:
 
 
 class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
-    """Generate, Score, ListExperts and ListParticles over one engine."""
+    """The public service over one engine."""
 
     def __init__(self, engine: Engine, particles: ParticleStore, defaults: Defaults) -> None:
         self._engine = engine
@@ -62,6 +63,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         """Stream the continuation of a prompt."""
         try:
             with self._watch("generate", request.request_id, len(request.prompt.encode()), context) as watch:
+                await _say_id(watch, context)
                 async with self._limit():
                     await self._generate(request, context, watch)
         except Exception as error:  # every error becomes one status
@@ -74,7 +76,6 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         )
         policy = public_wire.policy_from_proto(request.on_expert_failure)
         prompt = Prompt(request.prompt, request.chat, self._mixture(request), policy)
-        await context.send_initial_metadata((("x-request-id", watch.id),))
         async with contextlib.aclosing(self._engine.generate(prompt, decode, watch)) as events:
             async for event in events:
                 # Returns once the transport takes it: a slow reader holds up its own text and nothing else.
@@ -90,7 +91,8 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         """Log-probability of a text."""
         size = len(request.prompt.encode()) + len(request.text.encode())
         try:
-            with self._watch("score", "", size, context) as watch:
+            with self._watch("score", request.request_id, size, context) as watch:
+                await _say_id(watch, context)
                 async with self._limit():
                     self._require_open()
                     prompt = Prompt(request.prompt, request.chat, self._mixture(request))
@@ -135,6 +137,14 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         del request, context
         return public_wire.particles_to_proto(self._particles.all())
 
+    async def GetStatus(  # noqa: N802
+        self, request: swarm_pb2.GetStatusRequest, context: Context
+    ) -> swarm_pb2.GetStatusResponse:
+        """What runs, and what happened since the start."""
+        del request, context
+        experts = await look(self._engine.links)
+        return status_to_proto(self._engine.observer.counts, experts, draining=self._draining)
+
     def _require_open(self) -> None:
         if self._draining:
             raise Unavailable("the server is shutting down", retry_after=5.0)
@@ -150,6 +160,11 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
             mixture.require_known(specs)
             return mixture
         return self._defaults.mixture
+
+
+async def _say_id(watch: Watch, context: Context) -> None:
+    """Tell the caller under which name the request is logged, also one that will be refused."""
+    await context.send_initial_metadata((("x-request-id", watch.id),))
 
 
 class MalformedRequests(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
