@@ -10,22 +10,37 @@ import logging
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any
 
 from token_swarm_server.observer import Sink, Watch
 
 logger = logging.getLogger(__name__)
 
-LogFormat = Literal["text", "json"]
-LogLevel = Literal["debug", "info", "warning", "error"]
 # Ours are told apart from libraries, which have to warn to be heard.
 _OWN = ("token_swarm", "token_swarm_server")
 
 
-def configure(log_format: LogFormat = "text", level: LogLevel = "info") -> None:
+class LogFormat(StrEnum):
+    """How a line looks."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """The least severe lines that are written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def configure(log_format: LogFormat, level: LogLevel) -> None:
     """Send this process's log to standard error; libraries from `warning` on."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in _OWN:
         logging.getLogger(name).setLevel(level.upper())

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from token_swarm_server import logs
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
 from token_swarm_server.config import load_settings
 from token_swarm_server.grpc_host import public_access
+from token_swarm_server.logs import LogFormat, LogLevel
 from token_swarm_server.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ def serve(
         bool,
         typer.Option("--allow-insecure", help="Let other machines in without encryption, or without asking who calls."),
     ] = False,
+    log_format: Annotated[LogFormat, typer.Option(help="Lines for people, or one JSON object each.")] = LogFormat.TEXT,
+    log_level: Annotated[LogLevel, typer.Option(help="The least that is logged; info has requests.")] = LogLevel.INFO,
 ) -> None:
     """Serve the experts of a configuration as one model.
 
@@ -40,7 +44,10 @@ def serve(
     """
     given = ({"listen": listen} if listen else {}) | ({"allow_insecure": True} if allow_insecure else {})
     settings = load_settings(config, **({"coordinator": given} if given else {}))
-    _require_free(settings.coordinator.listen)
+    logs.configure(log_format, log_level)
+    _require_free(settings.coordinator.listen, "coordinator.listen")
+    if settings.coordinator.metrics.listen is not None:
+        _require_free(settings.coordinator.metrics.listen, "coordinator.metrics.listen")
     # Before minutes of loading.
     public_access(settings.coordinator).require_usable(settings.coordinator.listen, "coordinator.listen")
     console = session.stderr_console()
@@ -48,7 +55,7 @@ def serve(
     session.run(_serve(settings, models, console))
 
 
-def _require_free(listen: str) -> None:
+def _require_free(listen: str, field: str) -> None:
     """Report an address in use before the experts are loaded; the coordinator would do so after."""
     if listen.startswith("unix:"):
         with socket.socket(socket.AF_UNIX) as probe:
@@ -59,9 +66,7 @@ def _require_free(listen: str) -> None:
         with socket.socket(family) as probe:
             taken = int(port) != 0 and probe.connect_ex((host.strip("[]"), int(port))) == 0
     if taken:
-        raise CliError(
-            f"coordinator.listen: {listen} is in use; give another address, or port 0 for any free one"
-        )
+        raise CliError(f"{field}: {listen} is in use; give another address, or port 0 for any free one")
 
 
 async def _serve(settings: Settings, models: dict[str, str], console: Console) -> None:

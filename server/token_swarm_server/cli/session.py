@@ -18,7 +18,7 @@ import typer
 from token_swarm_server.cli import options
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, INTERRUPTED, CliError
 from token_swarm_server.config import load_settings
-from token_swarm_server.settings import DEFAULT_LISTEN, Settings
+from token_swarm_server.settings import DEFAULT_LISTEN, MetricsSettings, Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -138,7 +138,13 @@ async def _own_server(settings: Settings, models: dict[str, str], console: Conso
     with tempfile.TemporaryDirectory(prefix="token-swarm-") as folder, start_errors():
         # A folder that only this user can enter guards it better than a token.
         private = settings.coordinator.model_copy(
-            update={"listen": f"unix:{folder}/swarm.sock", "tls": None, "tokens": None}
+            update={
+                "listen": f"unix:{folder}/swarm.sock",
+                "tls": None,
+                "tokens": None,
+                # The port is for a server that stays.
+                "metrics": MetricsSettings(),
+            }
         )
         async with launch(settings, models, console=console) as experts:
             run_coordinator = await importing
