@@ -10,10 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from token_swarm.errors import BadParameter
 from token_swarm_server.grpc_host import LOCAL, Access
 from token_swarm_server.settings import ExpertSettings
+
+if TYPE_CHECKING:
+    from token_swarm.experts.contract import Expert
 
 STOP_SECONDS = 5.0
 """Given to an expert that was asked to stop before it is killed."""
@@ -37,19 +41,11 @@ def run_expert(
     `on_ready` is called with the bound address. Raises ExpertStartError.
     """
     # Minutes of imports would otherwise pass before a wrong flag is reported.
-    from token_swarm.experts.transformers import ExpertLoadError, TransformersExpert
+    from token_swarm.experts.transformers_loading import ExpertLoadError
     from token_swarm_server.expert_server import serve
 
     try:
-        expert = TransformersExpert(
-            name,
-            model,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            max_sequences=settings.max_sequences,
-            max_context=settings.max_context,
-        )
+        expert = _load(name, model, settings)
     except (ExpertLoadError, MemoryError) as error:
         reason = " ".join(str(error).split()) or "out of memory"
         raise ExpertStartError(f"expert {name!r}: {reason}") from error
@@ -57,6 +53,20 @@ def run_expert(
         asyncio.run(serve(expert, address, access=access, on_ready=on_ready))
     except BadParameter as error:
         raise ExpertStartError(f"expert {name!r}: {error}") from error
+
+
+def _load(name: str, model: str, settings: ExpertSettings) -> Expert:
+    """The expert on the backend that `settings` name. Raises ExpertLoadError."""
+    options: dict[str, Any] = settings.model_dump(
+        include={"device", "dtype", "threads", "max_sequences", "max_context"}
+    )
+    if settings.backend == "vllm":
+        from token_swarm.experts.vllm import VllmExpert
+
+        return VllmExpert(name, model, engine=settings.engine, **options)
+    from token_swarm.experts.transformers import TransformersExpert
+
+    return TransformersExpert(name, model, **options)
 
 
 def stop_when_input_ends() -> None:

@@ -133,6 +133,7 @@ async def _spawn(
         "--model", model, "--address", address, "--backend", expert.backend, "--device", expert.device,
         "--dtype", expert.dtype, "--threads", threads, "--max-sequences", str(expert.max_sequences),
         "--max-context", str(expert.max_context), "--stop-when-input-ends",
+        *(f"--engine={key}={value}" for key, value in expert.engine.items()),
     ]  # fmt: skip
     # Appending keeps the log in order should two servers share a cache, and what a dead predecessor said.
     with log.open("ab") as out:

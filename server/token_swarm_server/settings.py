@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from token_swarm.experts.vllm_options import check_options, parse_value
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.particle import Mixture, Rule
 from token_swarm_server.addresses import parse_listen
@@ -39,6 +40,11 @@ def _listen_tcp(value: str) -> str:
     if parse_listen(value).path is not None:
         raise ValueError("must be host:port; HTTP is not served on a UNIX socket")
     return value
+
+
+def _read_text(value: object) -> object:
+    """The environment has nothing but text."""
+    return parse_value(value) if isinstance(value, str) else value
 
 
 def _otlp_endpoint(value: str) -> str:
@@ -109,7 +115,9 @@ class ExpertSettings(BaseModel):
 
     model: Annotated[str, Field(min_length=1)] | None = None
     """Directory or Hugging Face id; `demo:smollm2` and `demo:gemma3` are fetched when missing."""
-    backend: Literal["transformers"] = "transformers"
+    backend: Literal["transformers", "vllm"] = "transformers"
+    engine: dict[str, Annotated[bool | int | float | str, BeforeValidator(_read_text)]] = Field(default_factory=dict)
+    """Engine arguments of the vllm backend; docs/vllm.md lists them."""
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -139,6 +147,9 @@ class ExpertSettings(BaseModel):
             raise ValueError("give model (to start the expert) or address (of one that runs)")
         if self.tls is not None and self.address is None:
             raise ValueError("tls: is for an expert with an address; one that is started here has a private socket")
+        if self.engine and self.backend != "vllm":
+            raise ValueError(f"engine: is for the vllm backend; backend is {self.backend}")
+        check_options(self.engine)
         return self
 
 

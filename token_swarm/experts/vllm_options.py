@@ -64,7 +64,7 @@ def check_options(options: Mapping[str, Value]) -> None:
 
 
 def parse_options(pairs: list[str]) -> dict[str, Value]:
-    """`KEY=VALUE` strings, as on a command line, to options: true, false and numbers are read as such.
+    """`KEY=VALUE` strings, as on a command line, to options.
 
     Raises ValueError for a pair without `=`; the keys are for `check_options`.
     """
@@ -73,7 +73,7 @@ def parse_options(pairs: list[str]) -> dict[str, Value]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"engine: {pair!r} is not KEY=VALUE")
-        options[key] = _parse(text)
+        options[key] = parse_value(text)
     return options
 
 
@@ -82,7 +82,8 @@ def engine_arguments(options: Mapping[str, Value]) -> dict[str, Value]:
     return {OPTIONS[key].argument: value for key, value in options.items()}
 
 
-def _parse(text: str) -> Value:
+def parse_value(text: str) -> Value:
+    """A value that was written as text: true, false and numbers are read as such."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

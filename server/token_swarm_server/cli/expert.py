@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from token_swarm.experts.vllm_options import check_options, parse_options
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
 from token_swarm_server.settings import EXPERT_NAME, ExpertSettings, ServerTls, Settings
@@ -18,7 +19,11 @@ def expert(
     name: Annotated[str, typer.Argument(help="What weights call the expert.")],
     model: Annotated[str, typer.Option(help="Directory, Hugging Face id, demo:smollm2 or demo:gemma3.")],
     address: Annotated[str, typer.Option(help="Where to listen: host:port or unix:/path.")] = "127.0.0.1:50071",
-    backend: Annotated[str, typer.Option(help="What runs the model: transformers.")] = "transformers",
+    backend: Annotated[str, typer.Option(help="What runs the model: transformers or vllm.")] = "transformers",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="Argument of the vllm engine, see docs/vllm.md; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda:0, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the model; default: torch's choice.")] = None,
@@ -61,10 +66,18 @@ def expert(
     if not re.fullmatch(EXPERT_NAME, name):
         raise CliError(f"NAME: {name!r} is not a valid expert name; it must match {EXPERT_NAME}")
     try:
+        options = parse_options(engine or [])
+        check_options(options)
+        if options and backend != "vllm":
+            raise ValueError(f"engine: is for the vllm backend; --backend is {backend}")
+    except ValueError as error:
+        raise CliError(f"--{error}") from error
+    try:
         settings = ExpertSettings.model_validate(
             {
                 "model": model,
                 "backend": backend,
+                "engine": options,
                 "device": device,
                 "dtype": dtype,
                 "threads": threads,
