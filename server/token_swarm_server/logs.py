@@ -15,7 +15,7 @@ from typing import Any
 
 from token_swarm_server.observer import Sink, Watch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("token_swarm_server.requests")
 
 # Ours are told apart from libraries, which have to warn to be heard.
 _OWN = ("token_swarm", "token_swarm_server")
@@ -103,7 +103,7 @@ def request_fields(watch: Watch) -> dict[str, Any]:
         for name, weight in watch.weights.items()
     }
     fields = {
-        "request": watch.id,
+        "request_id": watch.id,
         "kind": watch.kind,
         "status": watch.status,
         "reason": outcome.reason if outcome else None,

@@ -6,7 +6,6 @@ All of it runs in the event loop's thread.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 import time
@@ -225,7 +224,7 @@ class Watch:
     ) -> None:
         self.ended_at = time.perf_counter()
         self.status = self._status(error)
-        self.error = "" if kind is None else kind.__name__
+        self.error = "" if kind is None or self.status == "OK" else kind.__name__
         for sink in self._sinks:
             try:
                 sink.request_finished(self)
@@ -234,15 +233,15 @@ class Watch:
                 logger.exception("%s could not record request %s", type(sink).__name__, self.id)
 
     def _status(self, error: BaseException | None) -> str:
-        if error is None:
-            return "OK"
         if isinstance(error, Exception):
             name: str = code_pb2.Code.Name(to_status(error).code)
             return name
+        # A client that has the last message may leave before the handler has ended: the text is complete.
+        if error is None or self.outcome is not None:
+            return "OK"
         # grpc.aio cancels the handler for a client that left and for a deadline that passed alike.
-        cancelled = isinstance(error, asyncio.CancelledError | GeneratorExit)
         late = self.deadline is not None and time.perf_counter() >= self.deadline
-        return "DEADLINE_EXCEEDED" if cancelled and late else "CANCELLED"
+        return "DEADLINE_EXCEEDED" if late else "CANCELLED"
 
 
 class Observer:

@@ -126,10 +126,10 @@ def view(now: dict[str, Any]) -> RenderableType:
         ("whole request", "total_seconds"),
     ):
         times.add_row(label, *(_seconds(requests[key][share]) for share in ("p50", "p99")))
-    experts = Table(box=None, pad_edge=False)
+    experts = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     experts.add_column("expert", overflow="fold")
     experts.add_column("state")
-    for name in ("restarts", "queue", "batch", "steps/s", "tokens/s", "step", "busy", "sequences", "KV"):
+    for name in ("restarts", "queue", "batch", "steps/s", "tokens/s", "step", "busy", "seqs", "KV"):
         experts.add_column(name, justify="right")
     for expert in now["experts"]:
         experts.add_row(
