@@ -15,7 +15,9 @@ from token_swarm.files import replacing
 from token_swarm.v1 import expert_pb2, expert_pb2_grpc
 from token_swarm.vocabulary import Vocabulary
 from token_swarm_server import transport, wire
+from token_swarm_server.channels import open_channel
 from token_swarm_server.errors import ExpertUnavailable, TransportError
+from token_swarm_server.settings import ClientTls
 from token_swarm_server.wire import TimedStepResult
 
 _STATS_SECONDS = 5.0
@@ -27,8 +29,6 @@ _OPTIONS = (
     # ... and an expert that is still loading would be found up to two minutes late.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # Otherwise http_proxy in the environment diverts loopback connections.
-    ("grpc.enable_http_proxy", 0),
 )
 
 
@@ -101,15 +101,16 @@ class ExpertConnection:
         cache: Path,
         prefer: expert_pb2.Transport.ValueType = expert_pb2.TRANSPORT_UNSPECIFIED,
         wait_seconds: float = 30.0,
+        tls: ClientTls | None = None,
     ) -> ExpertConnection:
         """Connect to the expert called `name` and attach.
 
         `cache`: directory for vocabularies. `prefer`: how logits travel. `wait_seconds`: for the
         expert to answer at all.
-        Raises ExpertUnavailable if it does not, and TransportError if it is another expert or breaks the
-        protocol.
+        Raises ExpertUnavailable if it does not, TransportError if it is another expert or breaks the
+        protocol, and BadParameter for TLS files that cannot be used.
         """
-        channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        channel = open_channel(address, tls, options=_OPTIONS, tls_prefix=f"experts.{name}.tls.")
         try:
             stub: expert_pb2_grpc.ExpertServiceAsyncStub = expert_pb2_grpc.ExpertServiceStub(channel)
             description = await stub.Describe(

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 from token_swarm.decoding.forwards import Outcome
+from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Op
 from token_swarm_server.batching import Counters, ExpertScheduler
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.observer import Observer, Watch
+from token_swarm_server.settings import ClientTls
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +52,14 @@ class LinkOptions:
     """How to reach an expert and what it is allowed.
 
     cache: directory for vocabularies. chunk: prompt tokens of a step while other texts run. step_seconds: after which
-    it counts as hung. crowded: whether more than one text runs.
+    it counts as hung. crowded: whether more than one text runs. tls: None for a connection that is not encrypted.
     """
 
     cache: Path
     chunk: int
     step_seconds: float | None = None
     crowded: Callable[[], bool] = field(default=lambda: True)
+    tls: ClientTls | None = None
 
 
 class ExpertLink:
@@ -100,8 +103,10 @@ class ExpertLink:
         observer: Observer | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> ExpertLink:
-        """Connect for the first time. Raises ExpertUnavailable or TransportError."""
-        connection = await ExpertConnection.connect(address, name, cache=options.cache, wait_seconds=wait_seconds)
+        """Connect for the first time. Raises as `ExpertConnection.connect` does."""
+        connection = await ExpertConnection.connect(
+            address, name, cache=options.cache, wait_seconds=wait_seconds, tls=options.tls
+        )
         return cls(connection, address, options, reviver=reviver, observer=observer, changed=changed)
 
     @property
@@ -167,8 +172,13 @@ class ExpertLink:
             # That the expert is gone may be known before the link has put its connection away.
             await (asyncio.sleep(0) if self._ready.is_set() else self._ready.wait())
 
-    def blame(self, reason: str) -> None:
-        """The expert answered what cannot be right: it is started again, or at least connected anew."""
+    def blame(self, reason: str, restarts: int) -> None:
+        """The expert answered what cannot be right: it is started again, or at least connected anew.
+
+        `restarts`: as it was when the expert was asked; its successor is not to blame.
+        """
+        if restarts != self.restarts or self.state is LinkState.DOWN:
+            return
         logger.error("expert %s is given up: %s", self.name, reason)
         self._scheduler.fail(reason, at_fault=True)
 
@@ -225,9 +235,14 @@ class ExpertLink:
         while True:
             try:
                 connection = await ExpertConnection.connect(
-                    self._address, self.name, cache=self._options.cache, wait_seconds=_ATTEMPT_SECONDS
+                    self._address,
+                    self.name,
+                    cache=self._options.cache,
+                    wait_seconds=_ATTEMPT_SECONDS,
+                    tls=self._options.tls,
                 )
-            except (ExpertUnavailable, TransportError) as error:
+            except (ExpertUnavailable, TransportError, BadParameter) as error:
+                # BadParameter: a certificate that is being replaced just now.
                 self._reason = error.reason if isinstance(error, ExpertUnavailable) else str(error)
             else:
                 if (other := self._differs(connection.spec)) is None:

@@ -19,19 +19,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from token_swarm_server.settings import ExpertSettings, Settings
+from token_swarm_server.channels import open_channel
+from token_swarm_server.settings import ClientTls, ExpertSettings, Settings
 from token_swarm_server.supervisor import ExpertProcess, RestartPolicy
+from token_swarm_server.tls import client_credentials
 
 CONNECT_SECONDS = 10.0
 """How long an expert that should run already may take to answer."""
 _POLL_SECONDS = 0.1
 _LOG_LINES = 3
-# As in expert_client: an expert that is still loading would be found late, http_proxy would divert loopback.
-_CHANNEL = (
-    ("grpc.max_reconnect_backoff_ms", 200),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.enable_http_proxy", 0),
-)
+# As in expert_client: an expert that is still loading would be found late.
+_CHANNEL = (("grpc.max_reconnect_backoff_ms", 200), ("grpc.initial_reconnect_backoff_ms", 100))
 
 
 class LaunchError(RuntimeError):
@@ -67,8 +65,13 @@ async def launch(
 
     models: what `resolve_models` says. Experts without an address start in parallel, and are started again whenever
     they end; on leaving they get SIGTERM and, after `STOP_SECONDS`, SIGKILL. They also end by themselves when this
-    process is killed. Progress goes to `console`. Raises LaunchError when an expert does not come up the first time.
+    process is killed. Progress goes to `console`. Raises LaunchError when an expert does not come up the first time, and
+    BadParameter for TLS files that cannot be used.
     """
+    for name, expert in settings.experts.items():
+        if expert.tls is not None:
+            # Otherwise bad files would be found only when other experts have been loaded.
+            client_credentials(expert.tls, f"experts.{name}.tls.")
     local = settings.local_experts()
     # Short and private: the path of a UNIX socket has at most 107 bytes, and who opens it can use the model.
     runtime = Path(tempfile.mkdtemp(prefix="token-swarm-"))
@@ -92,7 +95,7 @@ async def launch(
             spawn = partial(_spawn, name, models[name], given, endpoints[name], log, pinned)
             running.append(ExpertProcess(name, log, spawn, policy or RestartPolicy(), report))
             await running[-1].start()
-        await _wait_ready(endpoints, {started.name: started for started in running}, console)
+        await _wait_ready(settings, endpoints, {started.name: started for started in running}, console)
         for started in running:
             started.watch()
         yield Experts(endpoints, running)
@@ -158,14 +161,14 @@ async def _spawn(
 
 
 async def _wait_ready(
-    endpoints: Mapping[str, str], running: Mapping[str, ExpertProcess], console: Console
+    settings: Settings, endpoints: Mapping[str, str], running: Mapping[str, ExpertProcess], console: Console
 ) -> None:
     columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
 
         async def one(name: str, address: str) -> None:
             task = progress.add_task(f"expert {name}: loading", total=1)
-            await _wait_one(name, address, running.get(name))
+            await _wait_one(name, address, settings.experts[name].tls, running.get(name))
             progress.update(task, description=f"expert {name}: ready", completed=1)
 
         waits = [asyncio.create_task(one(name, address)) for name, address in endpoints.items()]
@@ -177,15 +180,18 @@ async def _wait_ready(
             await asyncio.gather(*waits, return_exceptions=True)
 
 
-async def _wait_one(name: str, address: str, started: ExpertProcess | None) -> None:
+async def _wait_one(name: str, address: str, tls: ClientTls | None, started: ExpertProcess | None) -> None:
     """Return once the expert's health is SERVING. Raises LaunchError when it exits, or nothing answers."""
-    health = asyncio.create_task(_serving(address))
+    channel = open_channel(address, tls, options=_CHANNEL, tls_prefix=f"experts.{name}.tls.")
+    said: list[str] = []
+    health = asyncio.create_task(_serving(channel, said))
     try:
         if started is None:
             await asyncio.wait({health}, timeout=CONNECT_SECONDS)
             if not health.done():
                 raise LaunchError(
-                    f"experts.{name}.address: no expert answers at {address} within {CONNECT_SECONDS:.0f} s",
+                    f"experts.{name}.address: no expert answers at {address} within {CONNECT_SECONDS:.0f} s"
+                    + "".join(f" ({reason})" for reason in said[-1:]),
                     bad_input=False,
                 )
             return
@@ -198,17 +204,20 @@ async def _wait_one(name: str, address: str, started: ExpertProcess | None) -> N
             gone.cancel()
     finally:
         health.cancel()
+        await channel.close(None)
 
 
-async def _serving(address: str) -> None:
-    async with grpc.aio.insecure_channel(address, options=_CHANNEL) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                answer = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=1)
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            await asyncio.sleep(_POLL_SECONDS)
+async def _serving(channel: grpc.aio.Channel, said: list[str]) -> None:
+    """Return once health is SERVING; why it is not goes to `said`."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    while True:
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+        except grpc.aio.AioRpcError as error:
+            said[:] = [error.details() or error.code().name]
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 def _exit_error(started: ExpertProcess) -> LaunchError:
