@@ -13,7 +13,7 @@ from token_swarm.particle import Mixture, Rule
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.engine import Engine
 from token_swarm_server.expert_link import Reviver
-from token_swarm_server.grpc_host import GrpcHost, on_signals, stop_signal
+from token_swarm_server.grpc_host import GrpcHost, on_signals, public_access, stop_signal
 from token_swarm_server.observability import Observability
 from token_swarm_server.particle_store import ParticleStore
 from token_swarm_server.service import Defaults, MalformedRequests, SwarmService
@@ -28,7 +28,7 @@ class CoordinatorServer:
     """The public server over one engine, from `start` to `stop`."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
-        """Raises BadParameter for particles and default weights that cannot be used."""
+        """Raises BadParameter for particles, default weights and security files that cannot be used."""
         self._settings = settings.coordinator
         self._engine = engine
         particles = ParticleStore.load(self._settings.particles)
@@ -38,6 +38,7 @@ class CoordinatorServer:
             self._settings.listen,
             field="coordinator.listen",
             max_message_bytes=PUBLIC_MESSAGE_BYTES,
+            access=public_access(self._settings),
             interceptors=[MalformedRequests()],
         )
         swarm_pb2_grpc.add_SwarmServiceServicer_to_server(self._service, self._host.server)
@@ -65,7 +66,8 @@ class CoordinatorServer:
             self._experts_changed.clear()
 
     def reload(self) -> None:
-        """Read the particles again. What cannot be used is logged, and the old ones stay."""
+        """Read the tokens and the particles again. Particles that cannot be used are logged, and the old ones stay."""
+        self._host.reload()
         try:
             particles = ParticleStore.load(self._settings.particles)
         except BadParameter as error:
@@ -101,7 +103,7 @@ async def run_coordinator(
 ) -> None:
     """Serve `settings.coordinator.listen` until SIGTERM or SIGINT, then drain; a second signal ends the draining.
 
-    SIGHUP reads the particles again. endpoints: gRPC address of each expert's process. reviver: starts those that hang
+    SIGHUP reads tokens and particles again. endpoints: gRPC address of each expert's process. reviver: starts those that hang
     or answer nonsense again. `ready` is called with the bound address.
     Raises BadParameter for settings that the running experts contradict and for an address that cannot be bound,
     ExpertUnavailable or TransportError when an expert cannot be connected.

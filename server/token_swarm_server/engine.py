@@ -95,7 +95,9 @@ class Engine:
         tasks = {}
         for name, address in endpoints.items():
             expert = settings.experts[name]
-            options = LinkOptions(settings.cache / "vocabularies", expert.chunk, expert.step_seconds, crowded)
+            options = LinkOptions(
+                settings.cache / "vocabularies", expert.chunk, expert.step_seconds, crowded, expert.tls
+            )
             connecting = ExpertLink.connect(
                 name,
                 address,

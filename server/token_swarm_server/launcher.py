@@ -65,8 +65,9 @@ async def launch(
 
     models: what `resolve_models` says. Experts without an address start in parallel, and are started again whenever
     they end; on leaving they get SIGTERM and, after `STOP_SECONDS`, SIGKILL. They also end by themselves when this
-    process is killed. Progress goes to `console`. Raises LaunchError when an expert does not come up the first time, and
-    BadParameter for TLS files that cannot be used.
+    process is killed. Progress goes to `console`.
+    Raises LaunchError when an expert does not come up the first time, and BadParameter for TLS files that cannot be
+    used.
     """
     for name, expert in settings.experts.items():
         if expert.tls is not None:
