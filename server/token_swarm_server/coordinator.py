@@ -103,8 +103,8 @@ async def run_coordinator(
 ) -> None:
     """Serve `settings.coordinator.listen` until SIGTERM or SIGINT, then drain; a second signal ends the draining.
 
-    SIGHUP reads tokens and particles again. endpoints: gRPC address of each expert's process. reviver: starts those that hang
-    or answer nonsense again. `ready` is called with the bound address.
+    SIGHUP reads tokens and particles again. endpoints: gRPC address of each expert's process. reviver: starts those
+    that hang or answer nonsense again. `ready` is called with the bound address.
     Raises BadParameter for settings that the running experts contradict and for an address that cannot be bound,
     ExpertUnavailable or TransportError when an expert cannot be connected.
     """
