@@ -3,6 +3,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
 # A name on the PATH may be a shim that fails when it is run, or a Python without venv.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -11,10 +12,10 @@ OWN := token_swarm server tests $(wildcard bench)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types experts data proto clean
+.PHONY: help venv demo test lint types experts data proto vllm test-vllm clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(STAMP) ## Make the virtual environment with everything in it
 
@@ -58,6 +59,18 @@ proto: $(STAMP) .venv-proto/.installed ## Generate token_swarm/v1 from protos/
 	$(PYTHON) -m venv .venv-proto
 	.venv-proto/bin/python -m pip install --disable-pip-version-check grpcio-tools==1.76.0 'setuptools<81'
 	touch $@
+
+# vLLM needs versions of its own: see constraints-vllm.txt. CI does not run this; docs/vllm.md says why.
+vllm: $(VLLM_VENV)/.installed ## Make the virtual environment of experts on vLLM (3.6 GB)
+
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt setup.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-vllm: vllm experts ## Run the tests of the vLLM backend in that environment
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 clean: ## Remove what tools leave behind; models and virtual environments stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
