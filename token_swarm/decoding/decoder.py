@@ -16,6 +16,7 @@ from token_swarm.decoding.forwards import Calls, ContextFull, Forwards, Outcome
 from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.decoding.text import StopMatcher, Utf8Stream
 from token_swarm.mixing.sampling import Sampler
+from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.unit import MixingUnit
 
 _STRETCH = 64
@@ -69,7 +70,10 @@ class Decoder:
     ) -> None:
         """allocate(expert) gives an unused sequence id. `forced` makes the decoder follow a text (byte unit
         only) and record `log_probs`, as scoring with the certificate does."""
+        self.stopwatch = Stopwatch()
+        """Where the time of `resume` goes."""
         self._unit = unit
+        self._unit.stopwatch = self.stopwatch
         self._request = request
         self._allocate = allocate
         self._lanes_per_expert = lanes_per_expert
@@ -127,6 +131,7 @@ class Decoder:
         self._earlier_retired = max(self._earlier_retired, self._unit.retired)
         closing = self._forwards.close()
         self._unit = unit
+        self._unit.stopwatch = self.stopwatch
         self._forwards = Forwards(unit, self._allocate, self._lanes_per_expert)
         return closing
 
@@ -164,7 +169,8 @@ class Decoder:
         room = min([_STRETCH, *(limit - len(self._text) for limit in limits if limit is not None)])
         limit = self._request.max_tokens
         left = None if limit is None else limit - self._earlier_tokens
-        walk = self._unit.walk(self._sampler, max_bytes=room, max_tokens=left)
+        with self.stopwatch.measure(Part.WALK):
+            walk = self._unit.walk(self._sampler, max_bytes=room, max_tokens=left)
         self.log_probs += walk.log_probs
         self._symbols += len(walk.log_probs)
         self._certificate = max(self._certificate, walk.certificate)

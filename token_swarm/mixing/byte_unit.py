@@ -14,6 +14,7 @@ from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
 from token_swarm.mixing.groups import Group, Unit, as_shares
 from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
 from token_swarm.particle import Rule
@@ -107,6 +108,7 @@ class ByteUnit:
         window: int | None,
     ) -> None:
         self.groups: Sequence[Group] = tuple(groups)
+        self.stopwatch = Stopwatch()
         self._shaping = shaping
         self._makers: list[LawMaker] = []
         starts: list[ByteGroup] = []
@@ -129,19 +131,22 @@ class ByteUnit:
 
     def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
         """Give one head its law."""
-        self.states[need.group].feed(need.key, self.make_law(need.group, rows))
+        law = self.make_law(need.group, rows)
+        with self.stopwatch.measure(Part.WALK):
+            self.states[need.group].feed(need.key, law)
 
     def make_law(self, group: int, rows: Sequence[Tensor]) -> ByteLaw:
         """The byte law of a group's mixed and shaped token distribution."""
         make = self._makers[group]
-        probabilities = self.groups[group].token_law(rows)
-        members: tuple[ByteLaw, ...] = ()
-        if len(rows) > 1:
-            members = tuple(make(law) for law in self.groups[group].member_laws(rows))
-        if not self._shaping.changes_law:
-            return make(probabilities, members)
-        shaped = self._shaping.apply(probabilities)
-        return make(shaped, members, make_unshaped=lambda: make(probabilities, members))
+        with self.stopwatch.measure(Part.MIX):
+            probabilities = self.groups[group].token_law(rows)
+            own = self.groups[group].member_laws(rows) if len(rows) > 1 else []
+            shaped = self._shaping.apply(probabilities) if self._shaping.changes_law else None
+        with self.stopwatch.measure(Part.PREFIX_MASS):
+            members = tuple(make(law) for law in own)
+            if shaped is None:
+                return make(probabilities, members)
+            return make(shaped, members, make_unshaped=lambda: make(probabilities, members))
 
     @property
     def laws(self) -> list[Array]:

@@ -11,6 +11,7 @@ from token_swarm import kernels
 from token_swarm.mixing.groups import Group, Unit
 from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.unit import Need, Walk
 
 
@@ -21,6 +22,7 @@ class TokenUnit:
 
     def __init__(self, group: Group, tokens: tuple[int, ...], shaping: Shaping) -> None:
         self.groups: Sequence[Group] = (group,)
+        self.stopwatch = Stopwatch()
         self._shaping = shaping
         self._tokens = tokens
         self._prompt_length = len(tokens)
@@ -35,8 +37,9 @@ class TokenUnit:
     def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
         """Mix the members' rows into the law of the next token."""
         group = self.groups[need.group]
-        self._law = self._shaping.apply(group.token_law(rows))
-        self._members = group.member_laws(rows) if len(rows) > 1 else []
+        with self.stopwatch.measure(Part.MIX):
+            self._law = self._shaping.apply(group.token_law(rows))
+            self._members = group.member_laws(rows) if len(rows) > 1 else []
 
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
         """Choose one token: the next needs a forward."""

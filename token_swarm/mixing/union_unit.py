@@ -38,6 +38,7 @@ from token_swarm.kernels import UnionMap
 from token_swarm.mixing.groups import Group, Unit, as_shares
 from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.trie import ROOT, ByteTrie
 from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
 
@@ -92,6 +93,7 @@ class UnionUnit:
             if len(group.experts) != 1:
                 raise ValueError(f"groups: {'+'.join(group.names)} has {len(group.experts)} experts, expected 1")
         self.groups: Sequence[Group] = tuple(groups)
+        self.stopwatch = Stopwatch()
         self._union = union
         self._shaping = shaping
         self._floor = floor
@@ -116,7 +118,8 @@ class UnionUnit:
         reader = self._readers[need.group]
         reader.row, reader.fresh = row, True
         if not self.due():
-            self._law = self._shaping.apply(self._mix()).numpy()
+            with self.stopwatch.measure(Part.MIX):
+                self._law = self._shaping.apply(self._mix()).numpy()
 
     def _mix(self) -> Tensor:
         """The union law before shaping: [union.size], summing to 1."""

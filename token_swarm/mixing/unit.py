@@ -12,6 +12,7 @@ from torch import Tensor
 
 from token_swarm.mixing.groups import Group, Unit
 from token_swarm.mixing.sampling import Sampler
+from token_swarm.mixing.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +42,12 @@ class Walk:
 
 
 class MixingUnit(Protocol):
-    """Mixes the groups' laws and chooses text from the mixture."""
+    """Mixes the groups' laws and chooses text from the mixture.
+
+    `stopwatch`: what its feeds count in; its owner times the walks, and may put a stopwatch of its own here.
+    """
+
+    stopwatch: Stopwatch
 
     @property
     def kind(self) -> Unit:
