@@ -15,6 +15,7 @@ from token_swarm.decoding.score import Score
 from token_swarm.errors import BadParameter
 from token_swarm.mixing.groups import Unit
 from token_swarm_server.admission import Admission
+from token_swarm_server.breakdown import ExpertTime, Parts
 from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState, Reviver
 from token_swarm_server.generation import Generation, Members, Prompt, score_text
 from token_swarm_server.observability import Observability
@@ -26,7 +27,8 @@ from token_swarm_server.settings import CoordinatorSettings, Settings
 class Finished:
     """The end of a text. Times in seconds; `first_byte` is None when no text was shown.
 
-    dropped: experts that failed and that it went on without. reopened: how often one was lost and read the text again.
+    parts, forwards: what the total is made of. dropped: experts that failed and that it went on without. reopened: how
+    often one was lost and read the text again.
     """
 
     finish: Finish
@@ -34,6 +36,8 @@ class Finished:
     queue: float
     first_byte: float | None
     total: float
+    parts: Parts
+    forwards: Mapping[str, ExpertTime]
     dropped: tuple[str, ...] = ()
     reopened: int = 0
 
@@ -142,8 +146,10 @@ class Engine:
             self.ensemble, members, request, allocate=self._allocate, lanes=self._lanes, watch=watch
         )
         await text.open()
+        opened = time.perf_counter()
         async with self.admission.hold(members.names, self._lanes, size):
             watch.admitted()
+            watch.parts.admission += time.perf_counter() - opened
             self.running += 1
             try:
                 async with contextlib.aclosing(text.pieces()) as pieces:
@@ -169,6 +175,8 @@ class Engine:
             queue=admitted - watch.started_at,
             first_byte=None if watch.first_text_at is None else watch.first_text_at - watch.started_at,
             total=time.perf_counter() - watch.started_at,
+            parts=watch.parts,
+            forwards=watch.experts,
             dropped=tuple(members.dropped),
             reopened=members.reopened,
         )

@@ -19,6 +19,7 @@ from token_swarm.decoding.score import Score, Scorer, scored_text
 from token_swarm.errors import BadLogits
 from token_swarm.experts.contract import Close, EncodedPrompt
 from token_swarm.mixing.groups import Unit
+from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.unit import MixingUnit
 from token_swarm.particle import Mixture
 from token_swarm_server.errors import ExpertUnavailable
@@ -90,8 +91,10 @@ class Members:
 
     async def run(self, calls: Calls) -> dict[str, list[Outcome]]:
         """One step on every expert, all at the same time; experts that were lost have no outcomes."""
+        asked_at = time.perf_counter()
         futures = [self._links[name].submit(ops, self._watch) for name, ops in calls.items()]
         results = await asyncio.gather(*futures, return_exceptions=True)
+        self._watch.round_ended(calls, self.names, asked_at)
         outcomes: dict[str, list[Outcome]] = {}
         for name, result in zip(calls, results, strict=True):
             if isinstance(result, BaseException):
@@ -177,11 +180,15 @@ class Generation:
 
     async def open(self) -> None:
         """Encode the prompt everywhere and make the decoder. Raises what `Ensemble.unit` does."""
+        parts, started = self._watch.parts, time.perf_counter()
         self._prompts = await self.members.encode()
+        parts.encode += time.perf_counter() - started
         self._watch.encoded({name: len(prompt.tokens) for name, prompt in self._prompts.items()})
+        started = time.perf_counter()
         unit = await self._build(partial(self._ensemble.unit, self.members.mixture, self._request, self._prompts))
         self._watch.planned(self.members.mixture.rule.value, unit.kind.value, self.members.mixture.active)
         self._decoder = Decoder(unit, self._request, allocate=self._allocate, lanes_per_expert=self._lanes)
+        parts.scheduling += time.perf_counter() - started
 
     async def _build(self, build: Callable[[], MixingUnit]) -> MixingUnit:
         # The first union of a set of vocabularies takes a second to map them: the other streams go on.
@@ -213,7 +220,16 @@ class Generation:
             self._watch.mixed(time.perf_counter() - started)
             if text:
                 self._watch.text(len(text.encode()))
+                started = time.perf_counter()
                 yield text
+                self._watch.parts.send += time.perf_counter() - started
+        self._tell_parts(decoder.stopwatch)
+
+    def _tell_parts(self, stopwatch: Stopwatch) -> None:
+        """Share out the coordinator's own time."""
+        parts, seconds = self._watch.parts, stopwatch.seconds
+        parts.mix, parts.prefix_mass, parts.walk = (seconds[part] for part in (Part.MIX, Part.PREFIX_MASS, Part.WALK))
+        parts.scheduling += self._watch.mixing - stopwatch.total
 
     async def _without_or_again(self, lost: Collection[str]) -> None:
         """The text goes on without experts that were lost, or with their successors."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, NamedTuple
 
 from google.rpc import code_pb2
 
+from token_swarm_server.breakdown import ExpertTime, Parts
 from token_swarm_server.errors import to_status
 
 logger = logging.getLogger(__name__)
@@ -52,20 +53,6 @@ class Step(NamedTuple):
     rows: int
     logits_bytes: int
     inline: bool = False
-
-
-@dataclass(slots=True)
-class ExpertTime:
-    """What one expert did for one request. Seconds: waiting for a step, in the model, and travelling.
-
-    `calls`: answered submissions. `tokens`: that they fed.
-    """
-
-    queue: float = 0.0
-    compute: float = 0.0
-    transport: float = 0.0
-    calls: int = 0
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,8 +103,8 @@ class Watch:
 
     __slots__ = (
         "_first_length", "_sinks", "admitted_at", "chunks", "deadline", "ended_at", "error", "experts",
-        "first_text_at", "id", "kind", "last_text_at", "length", "mixing", "outcome", "prompt_bytes", "prompt_tokens",
-        "rule", "started_at", "status", "trace", "unit", "weights",
+        "first_text_at", "id", "kind", "last_text_at", "length", "mixing", "outcome", "parts", "prompt_bytes",
+        "prompt_tokens", "rule", "started_at", "status", "trace", "unit", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -143,6 +130,7 @@ class Watch:
         self.weights: Mapping[str, float] = {}
         self.prompt_tokens: Mapping[str, int] = {}
         self.experts: dict[str, ExpertTime] = {}
+        self.parts = Parts()
         self.mixing = 0.0
         """Seconds from an expert's logits to the next forwards or text."""
         self.length = 0
@@ -175,14 +163,26 @@ class Watch:
 
     def forward(self, expert: str, queue: float, compute: float, transport: float, tokens: int) -> None:
         """One submission to `expert` was answered. Seconds: in its queue, in the model, travelling."""
-        times = self.experts.get(expert)
-        if times is None:
-            times = self.experts[expert] = ExpertTime()
+        times = self.experts.setdefault(expert, ExpertTime())
+        times.answered_at = time.perf_counter()
         times.queue += queue
         times.compute += compute
         times.transport += transport
         times.calls += 1
         times.tokens += tokens
+
+    def round_ended(self, asked: Collection[str], experts: Collection[str], since: float) -> None:
+        """What was submitted to the experts `asked` at `since` has been answered by all; `experts`: all of the text."""
+        now, answers = time.perf_counter(), {}
+        for name in experts:
+            own = self.experts.setdefault(name, ExpertTime())
+            # One that was lost, or not asked, has been waiting all the time.
+            answers[name] = max(since, own.answered_at) if name in asked else since
+        last = max(answers.values(), default=now)
+        for name, answered_at in answers.items():
+            self.experts[name].wait += last - answered_at
+        # The event loop was busy with other texts.
+        self.parts.scheduling += now - last
 
     def mixed(self, seconds: float) -> None:
         """The coordinator worked so long on the logits of one round of forwards."""

@@ -12,6 +12,7 @@ from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Particle, Rule
 from token_swarm.v1 import swarm_pb2
+from token_swarm_server.breakdown import breakdown_to_proto
 from token_swarm_server.engine import Finished
 from token_swarm_server.expert_link import ExpertLink, LinkState
 from token_swarm_server.generation import OnFailure
@@ -107,7 +108,10 @@ def finish_to_proto(finished: Finished, request: DecodeRequest) -> swarm_pb2.Fin
             for name, use in finish.experts.items()
         ],
         timings=swarm_pb2.Timings(
-            queue_seconds=finished.queue, first_byte_seconds=finished.first_byte, total_seconds=finished.total
+            queue_seconds=finished.queue,
+            first_byte_seconds=finished.first_byte,
+            total_seconds=finished.total,
+            breakdown=breakdown_to_proto(finished.parts, finished.forwards),
         ),
         seed=None if request.shaping.greedy else request.seed,
         certificate=finish.certificate,
