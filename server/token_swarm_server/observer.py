@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -94,6 +94,11 @@ class Sink:
         """The server ends: flush, and free ports and threads."""
 
 
+def _overridden(sinks: Sequence[Sink], method: str) -> tuple[Callable[..., None], ...]:
+    """The methods of this name that do something: what is called for every byte is not called for nothing."""
+    return tuple(getattr(sink, method) for sink in sinks if getattr(type(sink), method) is not getattr(Sink, method))
+
+
 class Watch:
     """One request as it is seen from outside; a context manager around all of its work.
 
@@ -102,21 +107,21 @@ class Watch:
     """
 
     __slots__ = (
-        "_first_length", "_sinks", "admitted_at", "chunks", "deadline", "ended_at", "error", "experts",
+        "_first_length", "_observer", "admitted_at", "chunks", "deadline", "ended_at", "error", "experts",
         "first_text_at", "id", "kind", "last_text_at", "length", "mixing", "outcome", "parts", "prompt_bytes",
         "prompt_tokens", "rule", "started_at", "status", "trace", "unit", "weights",
     )  # fmt: skip
 
     def __init__(
         self,
-        sinks: Sequence[Sink],
+        observer: Observer,
         kind: Literal["generate", "score"],
         given_id: str,
         prompt_bytes: int,
         trace: Mapping[str, str],
         deadline: float | None,
     ) -> None:
-        self._sinks = sinks
+        self._observer = observer
         self._first_length = 0
         self.kind = kind
         self.id = request_id(given_id)
@@ -158,7 +163,7 @@ class Watch:
     def admitted(self) -> None:
         """The request holds KV on all its experts."""
         self.admitted_at = time.perf_counter()
-        for sink in self._sinks:
+        for sink in self._observer.sinks:
             sink.request_admitted(self)
 
     def forward(self, expert: str, queue: float, compute: float, transport: float, tokens: int) -> None:
@@ -187,8 +192,8 @@ class Watch:
     def mixed(self, seconds: float) -> None:
         """The coordinator worked so long on the logits of one round of forwards."""
         self.mixing += seconds
-        for sink in self._sinks:
-            sink.mixed(seconds)
+        for tell in self._observer.mixed:
+            tell(seconds)
 
     def text(self, n_bytes: int) -> None:
         """A chunk of text is complete."""
@@ -200,8 +205,9 @@ class Watch:
         if last is None:
             self.first_text_at = now
             self._first_length = n_bytes
-        for sink in self._sinks:
-            sink.text(self, n_bytes, None if last is None else now - last)
+        gap = None if last is None else now - last
+        for tell in self._observer.text:
+            tell(self, n_bytes, gap)
 
     def finished(self, outcome: Outcome) -> None:
         """The text ended as it should. The request ends when the context is left."""
@@ -215,7 +221,7 @@ class Watch:
         return (self.last_text_at - self.first_text_at) / (self.length - self._first_length)
 
     def __enter__(self) -> Watch:
-        for sink in self._sinks:
+        for sink in self._observer.sinks:
             sink.request_started(self)
         return self
 
@@ -225,7 +231,7 @@ class Watch:
         self.ended_at = time.perf_counter()
         self.status = self._status(error)
         self.error = "" if kind is None or self.status == "OK" else kind.__name__
-        for sink in self._sinks:
+        for sink in self._observer.sinks:
             try:
                 sink.request_finished(self)
             except Exception:
@@ -248,7 +254,12 @@ class Observer:
     """Hands events to its sinks."""
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
-        self._sinks = tuple(sinks)
+        self.sinks = tuple(sinks)
+        self.text = _overridden(sinks, "text")
+        """What a Watch calls for a chunk of text."""
+        self.mixed = _overridden(sinks, "mixed")
+        """What a Watch calls for a round of mixing."""
+        self._step = _overridden(sinks, "step")
 
     def request(
         self,
@@ -267,19 +278,19 @@ class Observer:
         deadline = None if time_remaining is None else time.perf_counter() + time_remaining
         # Nothing else is kept: the metadata of a call may hold its credentials.
         trace = {key: value for key, value in (metadata or {}).items() if key in _TRACE_KEYS}
-        return Watch(self._sinks, kind, given_id, prompt_bytes, trace, deadline)
+        return Watch(self, kind, given_id, prompt_bytes, trace, deadline)
 
     def step(self, step: Step) -> None:
         """An expert has answered a step."""
-        for sink in self._sinks:
-            sink.step(step)
+        for tell in self._step:
+            tell(step)
 
     def expert_changed(self, expert: str, state: str, reason: str = "") -> None:
         """An expert is `state` now: ready, starting or down."""
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.expert_changed(expert, state, reason)
 
     def close(self) -> None:
         """End every sink."""
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.close()
