@@ -20,6 +20,7 @@ from token_swarm_server.wire import TimedStepResult, check_ops, row_count
 
 SHORT = 16
 """Tokens of a submission that is never made to wait for a longer one: a decoding step of several heads."""
+_TURNS = 4
 ALONE = 8
 """A step has room for so many chunks of prompt while there is nobody to hold up."""
 
@@ -245,6 +246,11 @@ class ExpertScheduler:
                 self._wake.clear()
                 while batch := self._take():
                     await self._step(batch)
+                    if self._short or self._long:
+                        # Texts that were answered just now ask for their next forward within a few turns of the loop:
+                        # they belong into the step that would otherwise leave without them.
+                        for _ in range(_TURNS):
+                            await asyncio.sleep(0)
         except ExpertUnavailable as error:
             down = error
         except TransportError as error:
@@ -265,8 +271,8 @@ class ExpertScheduler:
         short, rows = self._fill(self._short, None, self._connection.max_rows)
         budget = self._chunk * (1 if self._crowded() else ALONE)
         long, _ = self._fill(self._long, budget, rows)
-        # What a text releases is short and must not overtake what it had submitted.
-        return long + short
+        # Short ones first: what one text releases is free for the next one that opens.
+        return short + long
 
     def _fill(self, queue: deque[_Submission], tokens: int | None, rows: int) -> tuple[list[_Piece], int]:
         """Pieces from the front of `queue` for at most so many tokens and rows, and the rows that are left."""

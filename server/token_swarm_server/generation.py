@@ -63,6 +63,7 @@ class Members:
         self._prompt = prompt
         self._wait_seconds = wait_seconds
         self._watch = watch
+        self._asked: dict[str, int] = {}  # by expert: its restarts when it was asked last
 
     @property
     def names(self) -> list[str]:
@@ -91,6 +92,7 @@ class Members:
 
     async def run(self, calls: Calls) -> dict[str, list[Outcome]]:
         """One step on every expert, all at the same time; experts that were lost have no outcomes."""
+        self._asked.update({name: self._links[name].restarts for name in calls})
         asked_at = time.perf_counter()
         futures = [self._links[name].submit(ops, self._watch) for name, ops in calls.items()]
         results = await asyncio.gather(*futures, return_exceptions=True)
@@ -107,7 +109,7 @@ class Members:
     def blame(self, fault: BadLogits) -> None:
         """An expert's logits are no law."""
         for name in fault.experts:
-            self._links[name].blame(str(fault))
+            self._links[name].blame(str(fault), self._asked.get(name, 0))
 
     async def settle(self, lost: Sequence[str]) -> None:
         """Do what the request asks for about experts that were lost; on return the others, or all, take work.

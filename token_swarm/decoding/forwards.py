@@ -107,8 +107,10 @@ class Forwards:
         try:
             self._unit.feed(wanted.need, [wanted.rows[name] for name in names])
         except BadLogits as fault:
-            for name in fault.experts:
-                wanted.rows.pop(name, None)
+            # Other rows of theirs came with the same answer.
+            for waiting in self._wanted:
+                for name in fault.experts:
+                    waiting.rows.pop(name, None)
             raise
 
     def lost(self, name: str) -> None:

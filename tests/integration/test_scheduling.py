@@ -1,0 +1,162 @@
+"""Long prompts are read in pieces beside texts that are being written: over a real connection, with a toy expert."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from token_swarm_server.batching import ALONE, SHORT, ExpertScheduler
+from token_swarm_server.expert_client import ExpertConnection
+from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.observer import Observer
+
+from tests.laws.ensembles import LONG
+from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows, StepResult, Truncate
+from token_swarm.experts.toy import ToyExpert
+
+
+class Recorder(ToyExpert):
+    """Keeps the operations of every step; `held_up` makes the next steps wait for each other."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("toy", LONG, max_context=900, **options)
+        self.steps: list[list[Any]] = []
+
+    def step(self, ops: Any) -> StepResult:
+        self.steps.append(list(ops))
+        return super().step(ops)
+
+    @property
+    def fed(self) -> list[int]:
+        """Tokens of each step."""
+        return [sum(len(op.tokens) for op in step if isinstance(op, Open | Extend)) for step in self.steps]
+
+
+@asynccontextmanager
+async def scheduled(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[Recorder, ExpertScheduler]]:
+    expert = Recorder(**options.pop("expert", {}))
+    server = ExpertServer(expert, f"unix:{tmp_path}/toy.sock")
+    await server.start()
+    connection = await ExpertConnection.connect(server.address, "toy", cache=tmp_path / "cache")
+    scheduler = ExpertScheduler(connection, **options)
+    try:
+        yield expert, scheduler
+    finally:
+        await scheduler.close()
+        await connection.close()
+        await server.stop()
+
+
+def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(torch.randint(0, 9, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+@pytest.mark.parametrize("rows", [Rows.LAST, Rows.ALL, Rows.NONE])
+async def test_a_long_prompt_is_read_in_pieces_and_gives_the_same_rows(tmp_path: Path, rows: Rows) -> None:
+    prompt, more = tokens(100), tokens(50, seed=1)
+    async with scheduled(tmp_path, chunk=32) as (expert, scheduler):
+        opened, forked, cut, extended = await scheduler.submit(
+            [Open(0, prompt, rows), Fork(0, 1), Truncate(1, 60), Extend(1, more, rows)]
+        )
+        assert expert.fed == [32, 32, 32, 32, 22]
+        first = {Rows.LAST: 99, Rows.ALL: 0, Rows.NONE: 100}[rows]
+        assert isinstance(opened, torch.Tensor)
+        assert isinstance(extended, torch.Tensor)
+        expected = [expert.law(prompt[: end + 1]) for end in range(first, 100)]
+        assert len(opened) == len(expected)
+        assert all(torch.equal(row, law) for row, law in zip(opened, expected, strict=True))
+        history = prompt[:60] + more
+        first = {Rows.LAST: 109, Rows.ALL: 60, Rows.NONE: 110}[rows]
+        expected = [expert.law(history[: end + 1]) for end in range(first, 110)]
+        assert all(torch.equal(row, law) for row, law in zip(extended, expected, strict=True))
+        assert forked.shape[0] == cut.shape[0] == 0  # type: ignore[union-attr]
+
+
+async def test_texts_that_are_written_take_part_in_every_step(tmp_path: Path) -> None:
+    async with scheduled(tmp_path, chunk=20) as (expert, scheduler):
+        for sequence in range(4):
+            await scheduler.submit([Open(sequence, (1,))])
+        expert.steps.clear()
+        long = scheduler.submit([Open(9, tokens(200))])
+
+        async def write(sequence: int) -> int:
+            steps = 0
+            while not long.done():
+                await scheduler.submit([Extend(sequence, (2,))])
+                steps += 1
+            return steps
+
+        written = await asyncio.gather(*(write(sequence) for sequence in range(4)))
+        # Ten pieces of 20; every text got a token out of nearly every one of these steps, and none more.
+        assert max(expert.fed) <= 20 + 4
+        assert min(written) >= 8
+        (row,) = await long
+        assert torch.equal(row[0], expert.law(tokens(200)))  # type: ignore[index]
+
+
+async def test_prompts_take_turns(tmp_path: Path) -> None:
+    async with scheduled(tmp_path, chunk=20) as (_, scheduler):
+        order: list[str] = []
+        first = scheduler.submit([Open(0, tokens(400))])
+        second = scheduler.submit([Open(1, tokens(60, seed=1))])
+        first.add_done_callback(lambda _: order.append("400 tokens"))
+        second.add_done_callback(lambda _: order.append("60 tokens"))
+        await asyncio.gather(first, second)
+        assert order == ["60 tokens", "400 tokens"]
+
+
+async def test_a_prompt_alone_is_read_in_larger_pieces(tmp_path: Path) -> None:
+    async with scheduled(tmp_path, chunk=20, crowded=lambda: False) as (expert, scheduler):
+        await scheduler.submit([Open(0, tokens(400))])
+        assert expert.fed == [20 * ALONE, 20 * ALONE, 80]
+
+
+async def test_a_cancelled_prompt_is_not_read_to_its_end(tmp_path: Path) -> None:
+    async with scheduled(tmp_path, chunk=20) as (expert, scheduler):
+        long = scheduler.submit([Open(0, tokens(800))])
+        while len(expert.steps) < 3:
+            await asyncio.sleep(0)
+        long.cancel()
+        scheduler.release([0])
+        await scheduler.submit([Open(1, (1,))])
+        assert sum(expert.fed) < 400
+        assert set(expert._held) == {1}
+
+
+async def test_a_prompt_that_is_refused_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    async with scheduled(tmp_path, chunk=20) as (expert, scheduler):
+        await scheduler.submit([Open(0, tokens(880), Rows.NONE)])
+        (refused,) = await scheduler.submit([Extend(0, tokens(40, seed=1))])
+        assert refused.kind is OpErrorKind.CONTEXT_FULL  # type: ignore[union-attr]
+        (lost,) = await scheduler.submit([Extend(0, (1,))])
+        # It had grown, so it is closed: whoever needs it opens it anew.
+        assert lost.kind is OpErrorKind.UNKNOWN_SEQUENCE  # type: ignore[union-attr]
+        assert not expert._held
+        (taken,) = await scheduler.submit([Open(3, (1, 77, *tokens(60)))])
+        assert taken.kind is OpErrorKind.INVALID  # type: ignore[union-attr]
+
+
+async def test_what_is_released_is_free_for_a_prompt_of_the_same_step(tmp_path: Path) -> None:
+    async with scheduled(tmp_path, chunk=20, expert={"max_sequences": 1}) as (_, scheduler):
+        await scheduler.submit([Open(0, (1,))])
+        scheduler.release([0])
+        (row,) = await scheduler.submit([Open(1, tokens(SHORT + 1))])
+        assert isinstance(row, torch.Tensor)
+
+
+async def test_a_request_learns_where_its_time_went(tmp_path: Path) -> None:
+    async with scheduled(tmp_path, chunk=20) as (expert, scheduler):
+        with Observer().request("generate") as watch:
+            await scheduler.submit([Open(0, tokens(100))], watch)
+            await scheduler.submit([Extend(0, (1,)), Close(0)], watch)
+        spent = watch.experts["toy"]
+        assert spent.tokens == 101
+        assert min(spent.queue, spent.compute, spent.transport) >= 0
+        assert spent.compute > 0
+        assert len(expert.steps) == 6
+        assert spent.queue + spent.compute + spent.transport <= (watch.ended_at or 0) - watch.started_at
