@@ -40,7 +40,7 @@ _REQUEST_HISTOGRAMS = (
     ("request_time_per_output_byte_seconds", "Per byte after the first chunk; one value a request.", "per_byte"),
     ("request_prompt_bytes", "Length of the prompts, and of texts to score.", "prompt_size"),
     ("request_generation_bytes", "Length of the texts written.", "text_size"),
-    ("mixing_seconds", "From the logits of one round of forwards to the next round or text.", "mixing"),
+    ("mixing_seconds", "One stretch of the coordinator's own work on a text, between forwards.", "mixing"),
 )
 _EXPERT_HISTOGRAMS = (
     ("expert_step_seconds", "From sending a step to its answer.", "seconds"),

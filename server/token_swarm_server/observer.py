@@ -79,7 +79,7 @@ class Sink:
         """It wrote `n_bytes`, `gap` seconds after the chunk before; None for the first chunk."""
 
     def mixed(self, seconds: float) -> None:
-        """The coordinator worked so long on the logits of one round of forwards."""
+        """The coordinator worked so long on a text between two forwards."""
 
     def request_finished(self, watch: Watch) -> None:
         """It is over, whatever its status."""
@@ -190,7 +190,7 @@ class Watch:
         self.parts.scheduling += now - last
 
     def mixed(self, seconds: float) -> None:
-        """The coordinator worked so long on the logits of one round of forwards."""
+        """The coordinator worked so long on the text between two forwards."""
         self.mixing += seconds
         for tell in self._observer.mixed:
             tell(seconds)
