@@ -481,8 +481,8 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 class Breakdown(_message.Message):
     """Breakdown says what the total of a request is made of, in seconds.
 
-    For every expert, the sum of encode, admission, mix, prefix_mass, walk, scheduling, send and its own queue, compute,
-    transport and wait is the total. Each is measured by itself; none is what the others leave.
+    For every expert, encode, admission, mix, prefix_mass, walk, scheduling, send and its own queue, compute, transport and
+    wait add up to the total, within a few percent: each is timed where it happens, and none is what the others leave.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

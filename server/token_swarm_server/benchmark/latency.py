@@ -63,7 +63,8 @@ def breakdown(samples: Sequence[Sample]) -> dict[str, Any] | None:
     if not broken:
         return None
     messages = [sample.finish.timings.breakdown for sample in broken]
-    names = [each.expert for each in messages[0].experts]
+    # In the order of the server's experts; the breakdown has them in the order of their first answers.
+    names = list(broken[0].tokens)
     lanes = {name: [_lane(message, name) for message in messages] for name in names}
     return {
         "shared_ms": {

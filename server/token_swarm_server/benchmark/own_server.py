@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 from collections import deque
@@ -14,9 +15,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError
+from token_swarm_server.settings import ENV_PREFIX
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60.0
+_FOR_A_PUBLIC_SERVER = ("TLS", "TOKENS", "METRICS__LISTEN")
+"""Keys that are overruled: a folder that only this user can enter guards the socket, and ports may be taken."""
 
 
 @asynccontextmanager
@@ -30,7 +34,11 @@ async def own_server(config: Path) -> AsyncIterator[str]:
         address = f"unix:{folder}/swarm.sock"
         command = (sys.executable, "-m", "token_swarm_server.cli", "serve", "--config", str(config))
         process = await asyncio.create_subprocess_exec(
-            *command, "--listen", address, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+            *command,
+            *("--listen", address),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **{f"{ENV_PREFIX}COORDINATOR__{key}": "null" for key in _FOR_A_PUBLIC_SERVER}},
         )
         said: deque[str] = deque(maxlen=5)
         listening = asyncio.create_task(_listen(process.stderr, said))

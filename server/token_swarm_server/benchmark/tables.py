@@ -46,13 +46,16 @@ class Table:
 
     def rich(self) -> RichTable:
         """For a terminal."""
+        from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
+        # Square brackets are markup to rich.
+        caption = escape(self.note) or None
+        table = RichTable(title=escape(self.title), caption=caption, title_justify="left", caption_justify="left")
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(escape(column), justify="right" if number else "left")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
 

@@ -52,6 +52,11 @@ def latency(
     seed: Seed = 0,
     text_file: Text = None,
     address: options.Address = None,
+    token_file: options.TokenFile = None,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
     config: options.Config = None,
     save: Save = None,
     as_json: options.Json = False,
@@ -69,6 +74,7 @@ def latency(
     from token_swarm_server.benchmark.latency import measure_latency
     from token_swarm_server.benchmark.tables import breakdown_table, latency_table
 
+    credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
     mixing = options.mixing_fields(weights, particle, rule)
     lengths = _numbers("--prompt-bytes", prompt_bytes, int)
     plans = [_plan(length, max_bytes, mixing, unit, temperature, epsilon, text_file) for length in lengths]
@@ -86,7 +92,7 @@ def latency(
             *(breakdown_table(row) for row in report["rows"] if row["mixture"] == "ensemble"),
         ]
 
-    _run("latency", address, config, call, tables, save=save, as_json=as_json)
+    _run("latency", address, config, call, tables, credentials, save=save, as_json=as_json)
 
 
 @bench.command()
@@ -119,6 +125,11 @@ def load(
     seed: Seed = 0,
     text_file: Text = None,
     address: options.Address = None,
+    token_file: options.TokenFile = None,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
     config: options.Config = None,
     save: Save = None,
     as_json: options.Json = False,
@@ -141,6 +152,7 @@ def load(
     loads = [Load(concurrency=number) for number in _numbers("--concurrency", concurrency, int)]
     loads += [Load(rate=number) for number in _numbers("--rate", rate, float)]
     bounds = parse_bounds(goodput) if goodput else {}
+    credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
     mixing = options.mixing_fields(weights, particle, rule)
     plan = _plan(prompt_bytes, max_bytes, mixing, unit, temperature, epsilon, text_file)
 
@@ -153,7 +165,7 @@ def load(
                 done=step,
             )  # fmt: skip
 
-    _run("load", address, config, call, lambda report: [load_table(report)], save=save, as_json=as_json)
+    _run("load", address, config, call, lambda report: [load_table(report)], credentials, save=save, as_json=as_json)
 
 
 def _run(
@@ -162,6 +174,7 @@ def _run(
     config: Path | None,
     call: Callable[[swarm_pb2_grpc.SwarmServiceAsyncStub, list[str]], Awaitable[dict[str, Any]]],
     tables: Callable[[dict[str, Any]], list[Table | None]],
+    credentials: options.Credentials,
     *,
     save: Path | None,
     as_json: bool,
@@ -179,8 +192,8 @@ def _run(
         # A download here shows its progress; the server's would not.
         session.ready_models(settings, session.stderr_console())
 
-    async def on_server(target: str) -> dict[str, Any]:
-        async with connect(target) as stub:
+    async def on_server(target: str, credentials: options.Credentials) -> dict[str, Any]:
+        async with connect(target, credentials) as stub:
             listed: Any = await stub.ListExperts(swarm_pb2.ListExpertsRequest())
             experts = expert_facts(listed.experts)
             measured = await call(stub, list(experts))
@@ -188,9 +201,9 @@ def _run(
 
     async def main() -> dict[str, Any]:
         if config is None:
-            return await on_server(address or DEFAULT_LISTEN)
+            return await on_server(address or DEFAULT_LISTEN, credentials)
         async with own_server(config) as target:
-            return await on_server(target)
+            return await on_server(target, options.PLAIN)
 
     facts = machine_facts()
     described = config_facts(settings) if settings else {"address": address or DEFAULT_LISTEN}

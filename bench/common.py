@@ -1,0 +1,29 @@
+"""What the benchmark programs share: how they give out their figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from token_swarm_server.benchmark.facts import describe, machine_facts
+
+RESULTS = Path(__file__).parent / "results"
+"""Where `python -m bench report` keeps what it measured."""
+DEMO_EXPERTS = ("smollm2", "gemma3")
+
+
+def with_facts(benchmark: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures with the machine, the versions and the git revision beside them."""
+    return {"benchmark": benchmark, "facts": machine_facts(), **figures}
+
+
+def print_json(benchmark: str, figures: Mapping[str, Any]) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(with_facts(benchmark, figures)))
+
+
+def print_facts() -> None:
+    """The line that stands above a table for people."""
+    print(describe(machine_facts()), flush=True)

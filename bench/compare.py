@@ -1,0 +1,320 @@
+"""The ensemble beside its floor, its experts alone and its rivals, in turns: `python -m bench compare --help`.
+
+Every contestant takes a turn in every round, on the same prompts and the same cores, one core an expert; a ratio is the
+median over the rounds of that round's ratio, so that what drifts cancels.
+
+floor: the forwards that the ensemble ran in the same round, run again by the same experts at the same time, without a
+coordinator (bench/rivals/recording_expert.py). alone: one expert through the same server. bytes: one expert through the
+same server in the byte unit, marginal over tokenizations. generate: `model.generate`, one thread. lockstep: the
+ensemble of GaC and UniTE, one thread a model or both threads one model after the other. genlm: genlm-bytes on one
+expert, with all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from token_swarm_server.benchmark.load import Load, Stretch, run_load
+from token_swarm_server.benchmark.own_server import own_server
+from token_swarm_server.benchmark.plan import ENSEMBLE, Plan
+from token_swarm_server.benchmark.statistics import Spread
+from token_swarm_server.benchmark.tables import Table
+from token_swarm_server.cli.client import connect
+
+from bench.common import DEMO_EXPERTS, print_facts, with_facts
+from bench.rivals.child import Child, ChildError
+from token_swarm.v1 import swarm_pb2
+
+GENLM_PYTHON = Path(".venv-genlm/bin/python")
+TARGETS = {
+    "ensemble / floor, 1 stream": ("at most", 1.15),
+    "ensemble / floor, 8 streams": ("at most", 1.15),
+    "ensemble / slower expert alone, 1 stream": ("at most", 1.25),
+    "genlm gemma3 / ensemble": ("at least", 5.0),
+    "genlm smollm2 / ensemble": ("at least", 5.0),
+    "lockstep / ensemble": ("at least", 1.5),
+}
+# What the coordinator has not told the experts yet when a client has its last byte: that the text's KV is free.
+_SETTLE_SECONDS = 0.3
+
+
+@dataclass
+class Round:
+    """Milliseconds per byte of every contestant. wall: of everything, prompts included; else after the first piece."""
+
+    per_byte: dict[str, float] = field(default_factory=dict)
+    wall: dict[str, float] = field(default_factory=dict)
+
+
+class Swarm:
+    """A real server over recording experts, and the pipes to tell them to replay."""
+
+    def __init__(self, stub: Any, recorders: Mapping[str, Child]) -> None:
+        self._stub = stub
+        self.recorders = recorders
+
+    @classmethod
+    @asynccontextmanager
+    async def start(cls, models: Mapping[str, Path], coordinator: Mapping[str, Any]) -> AsyncIterator[Swarm]:
+        """Start the experts, one thread each, and `token-swarm serve` before them."""
+        with tempfile.TemporaryDirectory(prefix="token-swarm-bench-") as folder, contextlib.ExitStack() as stack:
+            recorders = {}
+            for name, path in models.items():
+                command = (sys.executable, "-m", "bench.rivals.recording_expert", "--name", name)
+                arguments = ("--model", str(path), "--listen", f"unix:{folder}/{name}.sock")
+                recorders[name] = Child(name, (*command, *arguments), threads=1)
+                stack.callback(recorders[name].close)
+            addresses = {name: {"address": child.receive()["address"]} for name, child in recorders.items()}
+            config = Path(folder) / "swarm.yaml"
+            document = {"experts": addresses, "coordinator": dict(coordinator), "cache": f"{folder}/cache"}
+            config.write_text(yaml.safe_dump(document), encoding="utf-8")
+            async with own_server(config) as address, connect(address) as stub:
+                yield cls(stub, recorders)
+
+    async def write(self, load: Load, requests: Sequence[swarm_pb2.GenerateRequest]) -> Stretch:
+        """Send requests; every one must be answered. Raises ChildError."""
+        stretch = await run_load(self._stub, load, requests, seed=0)
+        if stretch.failures:
+            failure = stretch.failures[0]
+            raise ChildError(f"server: {failure.code} {failure.details}")
+        return stretch
+
+    def record(self) -> None:
+        """Forget the steps so far."""
+        for child in self.recorders.values():
+            child.call(do="start")
+
+    async def floor(self) -> float:
+        """Seconds until every expert has run its recorded forwards again, all at the same time."""
+        await asyncio.sleep(_SETTLE_SECONDS)
+        for child in self.recorders.values():
+            child.send(do="replay")
+        replays = [await asyncio.to_thread(child.receive) for child in self.recorders.values()]
+        return max(float(replay["seconds"]) for replay in replays)
+
+
+async def swarm_turn(
+    swarm: Swarm, found: Round, plan: Plan, experts: Sequence[str], *, streams: int, texts: int, seed: int
+) -> None:
+    """The ensemble, its floor, and each expert alone, under one load."""
+    load = Load(concurrency=streams)
+    for name, fields in plan.mixtures(experts, alone=True).items():
+        requests = [plan.request(fields, seed + number) for number in range(texts)]
+        if name == ENSEMBLE:
+            swarm.record()
+        stretch = await swarm.write(load, requests)
+        key = f"{ENSEMBLE if name == ENSEMBLE else f'alone {name}'}, {load}"
+        written = sum(sample.length for sample in stretch.samples)
+        found.per_byte[key] = stretch.ms_per_byte
+        found.wall[key] = 1000 * stretch.seconds / written
+        if name == ENSEMBLE:
+            found.wall[f"floor, {load}"] = 1000 * await swarm.floor() / written
+
+
+async def byte_turn(swarm: Swarm, found: Round, plan: Plan, experts: Sequence[str], *, texts: int, seed: int) -> None:
+    """Each expert alone in the byte unit, exact up to epsilon as the ensemble is: what genlm-bytes computes."""
+    for name, fields in plan.mixtures(experts, alone=True).items():
+        if name != ENSEMBLE:
+            byte = {**fields, "unit": swarm_pb2.UNIT_BYTE}
+            requests = [plan.request(byte, seed + number) for number in range(texts)]
+            found.per_byte[f"bytes {name}"] = (await swarm.write(Load(concurrency=1), requests)).ms_per_byte
+
+
+async def rival_turn(
+    child: Child, found: Round, plan: Plan, *, texts: int, seed: int, **jobs: Mapping[str, Any]
+) -> None:
+    """One rival's jobs, by the name of the contestant."""
+    for key, job in jobs.items():
+        seconds, written = 0.0, 0
+        for number in range(texts):
+            request = plan.request({}, seed + number)
+            max_bytes = job.get("max_bytes", plan.max_bytes)
+            answer = await asyncio.to_thread(child.call, **{**job, "prompt": request.prompt, "max_bytes": max_bytes})
+            if answer["rest"]:
+                seconds += answer["total"] - answer["first"]
+                written += answer["rest"]
+        if written:
+            found.per_byte[key] = 1000 * seconds / written
+
+
+def plain_jobs(experts: Sequence[str], cores: int) -> dict[str, dict[str, Any]]:
+    """What bench/rivals/plain.py is asked for."""
+    return {
+        **{f"generate {name}": {"do": "generate", "model": name, "threads": 1} for name in experts},
+        "lockstep, a thread each": {"do": "lockstep", "parallel": True, "threads": 1},
+        "lockstep, in turn": {"do": "lockstep", "parallel": False, "threads": cores},
+    }
+
+
+async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> dict[str, Any]:
+    """All rounds; figures and ratios for JSON."""
+    models = {name: options.models / name for name in options.experts}
+    experts, cores = list(models), len(os.sched_getaffinity(0))
+    plan = Plan(options.prompt_bytes, options.max_bytes)
+    rounds: list[Round] = []
+    weights = dict.fromkeys(experts, 1 / len(experts))
+    with contextlib.ExitStack() as stack:
+        rivals = dict(_rivals(options, models, cores, stack))
+        async with Swarm.start(models, {"rule": "log-linear", "weights": weights}) as swarm:
+            for number in range(options.rounds + 1):
+                found, seed = Round(), 1000 * number
+                for streams in options.streams:
+                    texts = max(options.texts, streams)
+                    await swarm_turn(swarm, found, plan, experts, streams=streams, texts=texts, seed=seed)
+                if any(name.startswith("genlm") for name in rivals):
+                    await byte_turn(swarm, found, plan, experts, texts=options.texts, seed=seed)
+                for name, child in rivals.items():
+                    if name == "plain":
+                        jobs: dict[str, dict[str, Any]] = plain_jobs(experts, cores)
+                        await rival_turn(child, found, plan, texts=options.texts, seed=seed, **jobs)
+                    else:
+                        # It is slow: fewer bytes of fewer texts.
+                        job = {"threads": cores, "max_bytes": options.genlm_bytes}
+                        await rival_turn(child, found, plan, texts=1, seed=seed, **{name: job})
+                # The first round warms up.
+                if number:
+                    rounds.append(found)
+                say(f"round {number} of {options.rounds}" + ("" if number else " (warms up)"))
+    return {
+        "prompt_bytes": plan.prompt_bytes,
+        "max_bytes": plan.max_bytes,
+        "texts": options.texts,
+        "rounds": [{"per_byte": each.per_byte, "wall": each.wall} for each in rounds],
+        **figures(rounds, experts, options.streams),
+    }
+
+
+def _rivals(
+    options: argparse.Namespace, models: Mapping[str, Path], cores: int, stack: contextlib.ExitStack
+) -> Iterator[tuple[str, Child]]:
+    """Start those that were asked for and can be had; say which cannot."""
+    if "plain" in options.rivals:
+        paths = json.dumps({name: str(path) for name, path in models.items()})
+        yield "plain", _child(stack, "plain", (sys.executable, "-m", "bench.rivals.plain", "--models", paths), cores)
+    if "genlm" in options.rivals:
+        if not options.genlm_python.exists():
+            print(
+                f"genlm-bytes is left out: {options.genlm_python} does not exist; `make genlm` makes it",
+                file=sys.stderr,
+            )
+            return
+        program = str(Path(__file__).parent / "rivals" / "genlm_bytes.py")
+        for name, path in models.items():
+            command = (str(options.genlm_python), program, "--model", str(path))
+            yield f"genlm {name}", _child(stack, f"genlm {name}", command, cores)
+
+
+def _child(stack: contextlib.ExitStack, name: str, command: Sequence[str], threads: int) -> Child:
+    child = Child(name, command, threads=threads)
+    stack.callback(child.close)
+    child.receive()
+    return child
+
+
+def figures(rounds: Sequence[Round], experts: Sequence[str], streams: Sequence[int]) -> dict[str, Any]:
+    """Every contestant's ms per byte, and the ratios of each round."""
+    contestants = {
+        key: Spread.of([each.per_byte[key] for each in rounds]).plain()
+        for key in rounds[0].per_byte
+        if all(key in each.per_byte for each in rounds)
+    }
+    walls = {key: Spread.of([each.wall[key] for each in rounds]).plain() for key in rounds[0].wall}
+    ratios: dict[str, Spread] = {}
+
+    def ratio(name: str, of: Callable[[Round], float]) -> None:
+        with contextlib.suppress(KeyError):
+            ratios[name] = Spread.of([of(each) for each in rounds])
+
+    for load in (str(Load(concurrency=count)) for count in streams):
+        own = f"{ENSEMBLE}, {load}"
+        ratio(
+            f"ensemble / floor, {load}", lambda each, own=own, load=load: each.wall[own] / each.wall[f"floor, {load}"]
+        )  # type: ignore[misc]
+        ratio(
+            f"ensemble / slower expert alone, {load}",
+            lambda each, own=own, load=load: (  # type: ignore[misc]
+                each.per_byte[own] / max(each.per_byte[f"alone {name}, {load}"] for name in experts)
+            ),
+        )
+    one = f"{ENSEMBLE}, {Load(concurrency=1)}"
+    for name in experts:
+        alone = f"alone {name}, {Load(concurrency=1)}"
+        ratio(f"generate {name} / alone", lambda r, n=name, a=alone: r.per_byte[f"generate {n}"] / r.per_byte[a])  # type: ignore[misc]
+        ratio(f"genlm {name} / bytes", lambda r, n=name: r.per_byte[f"genlm {n}"] / r.per_byte[f"bytes {n}"])  # type: ignore[misc]
+        ratio(f"genlm {name} / ensemble", lambda r, n=name: r.per_byte[f"genlm {n}"] / r.per_byte[one])  # type: ignore[misc]
+    # The faster of its two ways, round by round.
+    ways = ("lockstep, a thread each", "lockstep, in turn")
+    ratio("lockstep / ensemble", lambda r: min(r.per_byte[way] for way in ways) / r.per_byte[one])
+    return {"ms_per_byte": contestants, "wall_ms_per_byte": walls, "ratios": {k: v.plain() for k, v in ratios.items()}}
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Contestants and ratios."""
+    times = Table(
+        "ms per byte, median [lowest, highest round]", ("contestant", "after the first piece", "with the prompt")
+    )
+    for name in {**report["ms_per_byte"], **report["wall_ms_per_byte"]}:
+        own = (report[key].get(name) for key in ("ms_per_byte", "wall_ms_per_byte"))
+        times.rows.append((name, *("-" if spread is None else show(spread) for spread in own)))
+    ratios = Table("Ratios, each round's own", ("ratio", "median [lowest, highest]", "target", "met"))
+    for name, spread in report["ratios"].items():
+        target = TARGETS.get(name)
+        met = "-" if target is None else ("yes" if _met(spread["median"], *target) else "no")
+        ratios.rows.append((name, show(spread), "-" if target is None else f"{target[0]} {target[1]:g}", met))
+    return [times, ratios]
+
+
+def show(spread: Mapping[str, float]) -> str:
+    """`1.07 [1.05, 1.10]`."""
+    return f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]"
+
+
+def _met(value: float, kind: str, bound: float) -> bool:
+    return value <= bound if kind == "at most" else value >= bound
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The flags; `bench.report` takes their defaults."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", type=Path, default=Path(".cache/experts"), help="folder of the experts")
+    parser.add_argument("--experts", nargs="+", default=list(DEMO_EXPERTS), help="folders in it")
+    parser.add_argument("--rivals", nargs="*", default=["plain", "genlm"], choices=("plain", "genlm"))
+    parser.add_argument("--genlm-python", type=Path, default=GENLM_PYTHON, help="interpreter that has genlm-bytes")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt-bytes", type=int, default=128)
+    parser.add_argument("--max-bytes", type=int, default=128)
+    parser.add_argument("--genlm-bytes", type=int, default=16, help="bytes that genlm-bytes writes")
+    parser.add_argument("--texts", type=int, default=2, help="texts of a turn, at least one a stream")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the first, which warms up")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def main() -> None:
+    """Measure and print."""
+    options = arguments().parse_args()
+    console = Console(stderr=True)
+    report = with_facts("compare", asyncio.run(compare(options, lambda text: console.print(text, highlight=False))))
+    if options.json:
+        print(json.dumps(report))
+        return
+    print_facts()
+    for table in tables(report):
+        Console().print(table.rich())
+
+
+if __name__ == "__main__":
+    main()
