@@ -217,7 +217,9 @@ class Generation:
                     self.members.blame(fault)
                     lost += fault.experts
                 if lost:
+                    self._watch.mixed(time.perf_counter() - started)
                     await self._without_or_again(lost)
+                    started = time.perf_counter()
             text = decoder.take_text()
             self._watch.mixed(time.perf_counter() - started)
             if text:
