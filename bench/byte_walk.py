@@ -8,7 +8,6 @@ The Python byte unit walks the same text for comparison.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from bench.common import print_facts, print_json
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec
 from token_swarm.experts.token_bytes import eos_ids_of, vocabulary_of
 from token_swarm.kernels.byte_walk import Status, walk_together
@@ -140,8 +140,9 @@ def main() -> None:
         medians = {name: float(np.median(own)) for name, own in figures.items()}
         rows.append({"rule": rule.value, "bytes": count, "forwards": forwards, "us_per_byte": medians})
     if options.json:
-        print(json.dumps(rows))
+        print_json("byte_walk", {"rows": rows})
         return
+    print_facts()
     for row in rows:
         print(row)
 

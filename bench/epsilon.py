@@ -6,13 +6,13 @@ Follows texts byte by byte with the decoder's own heads (not the scorer's single
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
 
 import torch
 
+from bench.common import print_facts, print_json
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.transformers import TransformersExpert
@@ -59,14 +59,16 @@ def main() -> None:
     experts = {name: TransformersExpert(name, path, threads=1) for name, path in paths.items()}
     local = LocalEnsemble(experts)
     mixture = local.ensemble.uniform(Rule(options.rule))
+    rows = []
+    if not options.json:
+        print_facts()
     for epsilon in options.epsilon:
         request = DecodeRequest(epsilon=epsilon, window=options.window or None)
         for path in options.text_file:
             text = path.read_text(encoding="utf-8")
             row = follow(local, text[:64], text[64 : 64 + options.bytes], request, mixture)
-            if options.json:
-                print(json.dumps({"text": path.name, **row}), flush=True)
-            else:
+            rows.append({"text": path.name, **row})
+            if not options.json:
                 per_token: dict[str, float] = row["forwards_per_token"]  # type: ignore[assignment]
                 forwards = "  ".join(f"{name} {n:.2f}" for name, n in per_token.items())
                 print(
@@ -76,6 +78,8 @@ def main() -> None:
                     f"{row['ms_per_byte']:.0f} ms/byte",
                     flush=True,
                 )
+    if options.json:
+        print_json("epsilon", {"rows": rows})
 
 
 if __name__ == "__main__":

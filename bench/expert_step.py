@@ -7,7 +7,6 @@ median over the rounds, every ratio the median of the rounds' ratios.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.common import print_facts, print_json
 from token_swarm.experts.contract import Close, Extend, Fork, Open, Rows
 from token_swarm.experts.transformers import TransformersExpert
 
@@ -103,8 +103,9 @@ def main() -> None:
     options = parser.parse_args()
     figures = measure(options.model, threads=options.threads, rounds=options.rounds, tokens=options.tokens)
     if options.json:
-        print(json.dumps(figures))
+        print_json("expert_step", {"model": options.model, "threads": options.threads, "figures": figures})
         return
+    print_facts()
     for name, value in figures.items():
         print(f"{name:28} {value:8.2f}")
 

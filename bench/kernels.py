@@ -7,7 +7,6 @@ read its logits once at the read bandwidth measured in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.common import print_facts, print_json
 from token_swarm.kernels import dispatch, eager
 from token_swarm.particle import Rule
 
@@ -182,17 +182,10 @@ def main() -> None:
         *scoring_rows(device, options.seconds, synchronise),
     ]
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "kernels": dispatch.describe(),
-                    "torch": torch.__version__,
-                    "read_gb_s": {"2 MB": cached / 1e9, "256 MB": memory / 1e9},
-                    "rows": [{**asdict(row), "speedup": row.speedup, "share": row.share} for row in rows],
-                }
-            )
-        )
+        shown = [{**asdict(row), "speedup": row.speedup, "share": row.share} for row in rows]
+        print_json("kernels", {"read_gb_s": {"2 MB": cached / 1e9, "256 MB": memory / 1e9}, "rows": shown})
         return
+    print_facts()
     title = f"{dispatch.describe()}; reads {cached / 1e9:.1f} GB/s from cache (2 MB), {memory / 1e9:.1f} from memory"
     table = Table("kernel", "case", "eager us", "ours us", "speed-up", "floor us", "of bandwidth", "rate", title=title)
     for row in rows:

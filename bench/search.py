@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from bench.common import print_facts, print_json
 from token_swarm import kernels
 from token_swarm.kernels import reference
 from token_swarm.particle import Rule
@@ -207,15 +208,19 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.regenerate:
         paths = dict(pair.split("=", 1) for pair in options.expert)
-        for path in options.data:
-            print(json.dumps(regenerate(paths, options.cache, path, options.regenerate, 1000)), flush=True)
+        runs = [regenerate(paths, options.cache, path, options.regenerate, 1000) for path in options.data]
+        print_json("search", {"regenerated": runs})
         return
+    rows = []
+    if not options.json:
+        print_facts()
     for problem in problems(options):
         for row in compare(problem, options.optimiser, options.seeds):
-            if options.json:
-                print(json.dumps(row), flush=True)
-            else:
+            rows.append(row)
+            if not options.json:
                 show(row)
+    if options.json:
+        print_json("search", {"rows": rows})
 
 
 def problems(options: argparse.Namespace) -> Iterator[Problem]:

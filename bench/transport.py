@@ -20,7 +20,8 @@ import torch
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_server import serve
 
-from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, Extend, Op, Open, Rows, StepResult
+from bench.common import print_facts, print_json
+from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Extend, Op, Open, Rows, StepResult
 from token_swarm.v1 import expert_pb2
 from token_swarm.vocabulary import Vocabulary
 
@@ -52,6 +53,10 @@ class _Instant:
         rows = len(self._logits) if isinstance(ops[0], Open | Extend) else 0
         return StepResult(self._logits[:rows], ((0, rows),), (None,))
 
+    def stats(self) -> ExpertStats:
+        """Nothing is held."""
+        return ExpertStats(0, 0, 0)
+
     def close(self) -> None:
         """Nothing to free."""
 
@@ -70,7 +75,8 @@ async def _measure(connections: dict[str, ExpertConnection], rows: int, steps: i
     return seconds
 
 
-async def _main(width: int, rows: int, steps: int) -> None:
+async def run(width: int, rows: int, steps: int) -> list[dict[str, object]]:
+    """One row a transport: what a step of `rows` logit rows takes."""
     with tempfile.TemporaryDirectory() as directory:
         expert = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "bench.transport", "--expert", f"unix:{directory}/expert",
@@ -90,12 +96,12 @@ async def _main(width: int, rows: int, steps: int) -> None:
         finally:
             expert.terminate()
             await expert.wait()
-    size = rows * width * 4
-    print(f"steps of {rows} x {width} float32 logits, {size} bytes; {steps} steps per transport")
-    print(f"{'transport':<15}{'median us':>12}{'p90 us':>12}{'MB/s':>12}")
+    size, found = rows * width * 4, []
     for name, times in seconds.items():
         median, p90 = statistics.median(times), statistics.quantiles(times, n=10)[-1]
-        print(f"{name:<15}{median * 1e6:>12.0f}{p90 * 1e6:>12.0f}{size / median / 1e6:>12.0f}")
+        figures = {"median_us": median * 1e6, "p90_us": p90 * 1e6, "mb_per_s": size / median / 1e6}
+        found.append({"transport": name, "width": width, "rows": rows, "bytes": size, **figures})
+    return found
 
 
 def main() -> None:
@@ -105,13 +111,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows of a step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="steps per transport (default %(default)s)")
     parser.add_argument("--expert", metavar="ADDRESS", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.expert:
         instant = _Instant(options.width, options.rows)
         asyncio.run(serve(instant, options.expert, on_ready=lambda address: print(address, flush=True)))
     else:
-        asyncio.run(_main(options.width, options.rows, options.steps))
+        found = asyncio.run(run(options.width, options.rows, options.steps))
+        if options.json:
+            print_json("transport", {"steps": options.steps, "rows": found})
+            return
+        print_facts()
+        print(f"steps of {options.rows} x {options.width} float32 logits; {options.steps} steps per transport")
+        print(f"{'transport':<15}{'median us':>12}{'p90 us':>12}{'MB/s':>12}")
+        for row in found:
+            print("{transport:<15}{median_us:>12.0f}{p90_us:>12.0f}{mb_per_s:>12.0f}".format(**row))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ machine code.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from bench.common import print_facts, print_json
 from token_swarm.kernels import triton as kernels
 from token_swarm.kernels.triton import launch
 from token_swarm.kernels.union_map import UnionMap
@@ -202,10 +201,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="keep the calls whose name holds this text")
     parser.add_argument("--experts", type=int, default=EXPERTS, help="experts that are mixed (default: %(default)s)")
     parser.add_argument("--every-type", action="store_true", help="also float16 and float32 logits, float64 caches")
-    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     results = compile_all(experts=arguments.experts, every_type=arguments.every_type, only=arguments.only)
-    sys.stdout.write((json.dumps([asdict(r) for r in results]) if arguments.json else table(results)) + "\n")
+    if arguments.json:
+        print_json("triton_aot", {"rows": [asdict(r) for r in results]})
+        return
+    print_facts()
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Served as any expert is, it is driven by a real coordinator. Told to replay, it gives the same operations to the same
 model once more, one after the other and without a coordinator: the forwards that the ensemble ran, with the same
-tokens, positions and batch sizes, and nothing else. What the slower of two experts needs while both replay is the floor.
+tokens, positions and batch sizes, and nothing else. What the slower of two experts needs while both replay is the
+floor.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def compiled() -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "bench.triton_aot", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    found: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
     return found
 
 

@@ -26,7 +26,7 @@ def machine_facts() -> dict[str, Any]:
         "memory_gb": _memory_gb(),
         "vector_instructions": _vector_instructions(),
         "gpus": _gpus(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "kernels": _kernels(),
