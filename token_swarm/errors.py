@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
+def _shown(value: object) -> str:
+    """A value from outside in one line that it cannot make long."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
+
+
 class BadParameter(ValueError):
     """A value from outside that cannot be used.
 
@@ -13,10 +19,7 @@ class BadParameter(ValueError):
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = f"{shown[:60]}... ({len(shown)} characters)"
-        super().__init__(f"{field}: {shown} is not allowed; it must be {allowed}")
+        super().__init__(f"{field}: {_shown(value)} is not allowed; it must be {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed
@@ -27,7 +30,7 @@ class UnknownName(LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = ", ".join(sorted(known)) or "none"
-        super().__init__(f"there is no {kind} named {name!r}; known: {names}")
+        super().__init__(f"there is no {kind} named {_shown(name)}; known: {names}")
         self.kind = kind
         self.name = name
 

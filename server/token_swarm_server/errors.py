@@ -14,6 +14,11 @@ from token_swarm.errors import BadParameter, ExpertFault, FailedPrecondition, Un
 
 logger = logging.getLogger(__name__)
 
+# A status travels in the trailing metadata, three times and encoded. Clients take 8 KB of metadata: a longer answer
+# would reach them as RESOURCE_EXHAUSTED.
+MESSAGE_BYTES = 600
+FIELD_BYTES = 100
+
 
 class Unavailable(RuntimeError):
     """The server cannot answer now. `retry_after`: seconds after which asking again may help."""
@@ -68,10 +73,11 @@ def to_status(exception: Exception) -> status_pb2.Status:
     code = next((code for kind, code in _CODES if isinstance(exception, kind)), None)
     if code is None:
         return status_pb2.Status(code=code_pb2.INTERNAL, message="internal error; the server's log has more")
-    status = status_pb2.Status(code=code, message=str(exception))
+    message = _brief(str(exception), MESSAGE_BYTES)
+    status = status_pb2.Status(code=code, message=message)
     if isinstance(exception, BadParameter):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=exception.field, description=str(exception)
+            field=_brief(exception.field, FIELD_BYTES), description=message
         )
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     elif isinstance(exception, QueueFull | Unavailable):
@@ -79,6 +85,12 @@ def to_status(exception: Exception) -> status_pb2.Status:
         delay.FromNanoseconds(int(exception.retry_after * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
+
+
+def _brief(text: str, limit: int) -> str:
+    """At most about `limit` bytes of UTF-8 of a text that may quote the caller."""
+    data = text.encode("utf-8", "backslashreplace")
+    return data.decode() if len(data) <= limit else f"{data[:limit].decode(errors='ignore')}..."
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], exception: Exception) -> NoReturn:
