@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -116,6 +117,8 @@ def _request_attributes(watch: Watch) -> dict[str, str | int | float]:
         "token_swarm.chunks": watch.chunks,
         "token_swarm.mixing_seconds": watch.mixing,
     }
+    for part in fields(watch.parts):
+        attributes[f"token_swarm.{part.name}_seconds"] = getattr(watch.parts, part.name)
     if watch.unit:
         attributes |= {"token_swarm.unit": watch.unit, "token_swarm.rule": watch.rule}
     if watch.error:
