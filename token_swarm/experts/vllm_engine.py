@@ -134,6 +134,11 @@ class VllmEngine:
         sampled = self._add_and_drain(Chunk(self.new_request(), 0, tokens, first_row), place)
         return sampled[0]
 
+    @staticmethod
+    def no_rows() -> dict[str, int]:
+        """Extra sampling arguments of a request that is not a chunk and wants no rows."""
+        return _extra_arguments(0, None)
+
     def release(self, requests: Collection[str]) -> None:
         """Free the KV of requests."""
         if requests:
@@ -157,16 +162,12 @@ class VllmEngine:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
-        from token_swarm.experts.vllm_scheduler import KEEP
-        from token_swarm.experts.vllm_worker import FIRST_ROW
-
-        first = _NOWHERE if chunk.first_row is None else chunk.first_row
         params = SamplingParams(
             temperature=0,
             max_tokens=1,
             ignore_eos=True,
             detokenize=False,
-            extra_args={KEEP: chunk.keep, FIRST_ROW: first},
+            extra_args=_extra_arguments(chunk.keep, chunk.first_row),
         )
         # A list of its own: vLLM goes on extending it.
         request = Request(chunk.request, list(chunk.tokens), params, None, resumable=resumable)
@@ -208,6 +209,14 @@ class VllmEngine:
         rows: list[torch.Tensor] = []
         self.run_plain([0], 0, lambda _, __, row: rows.append(row))
         return rows[0]
+
+
+def _extra_arguments(keep: int, first_row: int | None) -> dict[str, int]:
+    """What our scheduler and our worker read of a chunk."""
+    from token_swarm.experts.vllm_scheduler import KEEP
+    from token_swarm.experts.vllm_worker import FIRST_ROW
+
+    return {KEEP: keep, FIRST_ROW: _NOWHERE if first_row is None else first_row}
 
 
 def _set_environment(device: str, workers: int) -> None:
@@ -274,10 +283,16 @@ def _sequence_bytes(config: Any, max_context: int) -> int:
 
 
 def _start(config: Any) -> Any:
+    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import Executor
 
-    return EngineCore(config, Executor.get_class(config), log_stats=False)
+    try:
+        return EngineCore(config, Executor.get_class(config), log_stats=False)
+    except BaseException:
+        # Else no other engine could start in this process.
+        cleanup_dist_env_and_memory()
+        raise
 
 
 @contextmanager
