@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def main() -> None:
             print(f"  {name:12} {text}")
         print("\nA running server: `token-swarm bench latency` and `token-swarm bench load`.")
         return
+    # grpc's own log repeats, in its words, that a benchmark has ended.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     name = sys.argv[1]
     if name not in known:
         print(f"error: {name!r}: no such benchmark; known: {', '.join(known)}", file=sys.stderr)

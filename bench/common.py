@@ -27,3 +27,9 @@ def print_json(benchmark: str, figures: Mapping[str, Any]) -> None:
 def print_facts() -> None:
     """The line that stands above a table for people."""
     print(describe(machine_facts()), flush=True)
+
+
+def show(spread: Mapping[str, float]) -> str:
+    """A `Spread` for a table: `1.07 [1.05, 1.10]`; large numbers with fewer digits."""
+    digits = 0 if spread["median"] >= 100 else (1 if spread["median"] >= 10 else 2)
+    return f"{spread['median']:,.{digits}f} [{spread['low']:,.{digits}f}, {spread['high']:,.{digits}f}]"

@@ -34,7 +34,7 @@ from token_swarm_server.benchmark.statistics import Spread
 from token_swarm_server.benchmark.tables import Table
 from token_swarm_server.cli.client import connect
 
-from bench.common import DEMO_EXPERTS, print_facts, with_facts
+from bench.common import DEMO_EXPERTS, print_facts, show, with_facts
 from bench.rivals.child import Child, ChildError
 from token_swarm.v1 import swarm_pb2
 
@@ -275,11 +275,6 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         met = "-" if target is None else ("yes" if _met(spread["median"], *target) else "no")
         ratios.rows.append((name, show(spread), "-" if target is None else f"{target[0]} {target[1]:g}", met))
     return [times, ratios]
-
-
-def show(spread: Mapping[str, float]) -> str:
-    """`1.07 [1.05, 1.10]`."""
-    return f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]"
 
 
 def _met(value: float, kind: str, bound: float) -> bool:

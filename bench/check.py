@@ -1,0 +1,144 @@
+"""The regression guard: ratios of this checkout beside those of bench/baseline.json: `python -m bench check --help`.
+
+Only ratios, of things measured in turns in the same run, so that another machine's speed, or other work on this one,
+changes little. All are better when they are lower. One that is more than 15% above its baseline in the median of the
+rounds is measured again in more rounds, and fails if the median of all of them is above it still.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from token_swarm_server.benchmark.plan import Plan
+from token_swarm_server.benchmark.tables import Table
+
+from bench.common import DEMO_EXPERTS, print_facts, with_facts
+from bench.compare import Round, Swarm, figures, swarm_turn
+from bench.kernels import interleaved
+from token_swarm.kernels import dispatch, eager
+from token_swarm.particle import Rule
+
+BASELINE = Path(__file__).parent / "baseline.json"
+TOLERANCE = 0.15
+STREAMS = (1, 8)
+_WIDTH = 262_144
+_KERNEL_SECONDS = 0.4
+
+Samples = dict[str, list[float]]
+"""Each round's own ratio, by name."""
+
+
+async def measure(options: argparse.Namespace, baseline: Mapping[str, float]) -> Samples:
+    """All ratios, more rounds of them while one is above its baseline."""
+    samples: Samples = {}
+    models = {name: options.models / name for name in DEMO_EXPERTS}
+    weights = dict.fromkeys(models, 1 / len(models))
+    async with Swarm.start(models, {"rule": "log-linear", "weights": weights}) as swarm:
+        await one_round(swarm, options, 0, {})  # warms up
+        for number in range(options.rounds):
+            await one_round(swarm, options, number + 1, samples)
+        if worse(samples, baseline):
+            for number in range(options.more_rounds):
+                await one_round(swarm, options, options.rounds + number + 1, samples)
+    return samples
+
+
+async def one_round(swarm: Swarm, options: argparse.Namespace, number: int, samples: Samples) -> None:
+    """Add one sample of every ratio."""
+    found, plan, experts = Round(), Plan(options.prompt_bytes, options.max_bytes), list(swarm.recorders)
+    for streams in STREAMS:
+        await swarm_turn(swarm, found, plan, experts, streams=streams, texts=max(2, streams), seed=100 * number)
+    ratios = {name: spread["median"] for name, spread in figures([found], experts, STREAMS)["ratios"].items()}
+    for name, ratio in (ratios | kernel_ratios()).items():
+        samples.setdefault(name, []).append(ratio)
+
+
+def kernel_ratios() -> dict[str, float]:
+    """Our time over torch eager's, for the widest vocabulary."""
+    random = torch.Generator().manual_seed(0)
+    logits = [torch.randn(1, _WIDTH, generator=random) * 4 for _ in range(2)]  # [rows, vocab], float32
+    weights = torch.full((1, 2), 0.5, dtype=torch.float64)
+    mixed = (logits, weights, torch.ones_like(weights), Rule.LOG_LINEAR, torch.ones(_WIDTH, dtype=torch.bool))
+    law, order = torch.softmax(logits[0], 1), torch.randperm(_WIDTH, generator=random).to(torch.int32)
+    calls = [
+        lambda: dispatch.mix(*mixed),
+        lambda: eager.mix(*mixed),
+        lambda: dispatch.prefix_mass(law, order),
+        lambda: eager.prefix_mass(law, order),
+    ]
+    mix, mix_eager, prefix, prefix_eager = interleaved(calls, _KERNEL_SECONDS, lambda: None)
+    return {"mix / torch eager": mix / mix_eager, "prefix_mass / torch eager": prefix / prefix_eager}
+
+
+def worse(samples: Mapping[str, list[float]], baseline: Mapping[str, float]) -> list[str]:
+    """Ratios whose median is more than TOLERANCE above the baseline."""
+    return [
+        name
+        for name, known in baseline.items()
+        if name in samples and statistics.median(samples[name]) > known * (1 + TOLERANCE)
+    ]
+
+
+def table(samples: Mapping[str, list[float]], baseline: Mapping[str, float]) -> Table:
+    """Every ratio beside its baseline."""
+    found = Table("Ratios; lower is better", ("ratio", "baseline", "now", "lowest", "highest", "change", ""))
+    failed = worse(samples, baseline)
+    for name, values in samples.items():
+        now, known = statistics.median(values), baseline.get(name)
+        change = "-" if known is None else f"{now / known - 1:+.0%}"
+        shown = "new" if known is None else ("WORSE" if name in failed else "ok")
+        before = "-" if known is None else f"{known:.3f}"
+        found.rows.append((name, before, f"{now:.3f}", f"{min(values):.3f}", f"{max(values):.3f}", change, shown))
+    return found
+
+
+def read_baseline(path: Path) -> dict[str, float]:
+    """The ratios of the file; empty when there is none yet."""
+    if not path.exists():
+        return {}
+    ratios: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["ratios"]
+    return ratios
+
+
+def main() -> None:
+    """Measure, print, and exit with 1 when a ratio is worse."""
+    parser = argparse.ArgumentParser(prog="python -m bench check", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", type=Path, default=Path(".cache/experts"), help="folder of the demo experts")
+    parser.add_argument("--baseline", type=Path, default=BASELINE)
+    parser.add_argument("--update", action="store_true", help="write the baseline instead of comparing with it")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--more-rounds", type=int, default=6, help="when a ratio is worse after the first ones")
+    parser.add_argument("--prompt-bytes", type=int, default=64)
+    parser.add_argument("--max-bytes", type=int, default=48)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    baseline = {} if options.update else read_baseline(options.baseline)
+    samples = asyncio.run(measure(options, baseline))
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    if options.update:
+        document = {"ratios": {name: round(value, 4) for name, value in medians.items()}}
+        options.baseline.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    failed = worse(samples, baseline)
+    if options.json:
+        figures: dict[str, Any] = {"ratios": samples, "medians": medians, "baseline": baseline, "worse": failed}
+        print(json.dumps(with_facts("check", figures)))
+    else:
+        print_facts()
+        Console().print(table(samples, baseline).rich())
+    if failed:
+        print(f"error: more than {TOLERANCE:.0%} above bench/baseline.json: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
