@@ -280,7 +280,7 @@ def test_top_fits_a_terminal(idle: bool) -> None:
     console.print(view(rates(None, now)))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown
-    for word in ("ready", "down", "restarts", "tokens/s", "first byte", "4/16", "25%", "exited with code -9"):
+    for word in ("ready", "down", "restarts", "tokens/s", "first byte", "4/16", "25.0%", "exited with code -9"):
         assert word in shown
 
 

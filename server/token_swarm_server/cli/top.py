@@ -141,7 +141,7 @@ def view(now: dict[str, Any]) -> RenderableType:
             f"{expert['steps_per_second']:.1f}",
             f"{expert['tokens_per_second']:.1f}",
             _seconds(expert["step_seconds"]),
-            f"{expert['busy_share']:.0%}",
+            f"{min(expert['busy_share'], 1.0):.0%}",
             f"{_count(expert['kv_sequences'])}/{expert['kv_max_sequences']}",
             _share(expert["kv_tokens"], expert["kv_capacity"]),
         )
@@ -172,4 +172,4 @@ def _count(value: int | None) -> str:
 
 
 def _share(part: int | None, whole: int | None) -> str:
-    return f"{part / whole:.0%}" if part is not None and whole else "-"
+    return f"{part / whole:.1%}" if part is not None and whole else "-"
