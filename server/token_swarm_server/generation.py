@@ -52,6 +52,21 @@ class Prompt:
     on_failure: OnFailure = OnFailure.WAIT
 
 
+@dataclass
+class Round:
+    """Operations under way, by expert. `asked_at`: when they were submitted; `sent_at`: when text that was complete
+    before had been sent, 0 for none."""
+
+    futures: Mapping[str, asyncio.Future[list[Outcome]]]
+    asked_at: float
+    sent_at: float = 0.0
+
+    def cancel(self) -> None:
+        """Drop what was not sent to an expert yet."""
+        for future in self.futures.values():
+            future.cancel()
+
+
 class Members:
     """The experts of one text, and what is done about those that fail."""
 
@@ -90,15 +105,18 @@ class Members:
         """The prompt as each expert reads it."""
         return await self.each(lambda link: link.encode(self._prompt.text, chat=self._prompt.chat))
 
-    async def run(self, calls: Calls) -> dict[str, list[Outcome]]:
-        """One step on every expert, all at the same time; experts that were lost have no outcomes."""
+    def ask(self, calls: Calls) -> Round:
+        """Submit operations to every expert, all at the same time."""
         self._asked.update({name: self._links[name].restarts for name in calls})
         asked_at = time.perf_counter()
-        futures = [self._links[name].submit(ops, self._watch) for name, ops in calls.items()]
-        results = await asyncio.gather(*futures, return_exceptions=True)
-        self._watch.round_ended(calls, self.names, asked_at)
+        return Round({name: self._links[name].submit(ops, self._watch) for name, ops in calls.items()}, asked_at)
+
+    async def answers(self, round_: Round) -> dict[str, list[Outcome]]:
+        """What came back; experts that were lost have no outcomes."""
+        results = await asyncio.gather(*round_.futures.values(), return_exceptions=True)
+        self._watch.round_ended(round_.futures, self.names, round_.asked_at, round_.sent_at)
         outcomes: dict[str, list[Outcome]] = {}
-        for name, result in zip(calls, results, strict=True):
+        for name, result in zip(round_.futures, results, strict=True):
             if isinstance(result, BaseException):
                 if not isinstance(result, ExpertUnavailable):
                     raise result
@@ -163,6 +181,8 @@ class Generation:
         self._watch = watch
         self._decoder: Decoder | None = None
         self._prompts: dict[str, EncodedPrompt] = {}
+        self._round: Round | None = None
+        self._faults = 0
 
     @property
     def finish(self) -> Finish:
@@ -199,35 +219,48 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[str, None]:
         """Text as it becomes complete. Raises ExpertUnavailable, and ExpertFault for an expert that keeps refusing."""
         decoder = self._opened
-        faults = 0
-        while not decoder.finished:
+        self._ask()
+        while self._round is not None:
+            await self._resume(self._round)
             started = time.perf_counter()
-            calls = decoder.calls()
-            if calls:
-                self._watch.mixed(time.perf_counter() - started)
-                outcomes = await self.members.run(calls)
-                started = time.perf_counter()
-                lost = [name for name in calls if name not in outcomes]
-                try:
-                    decoder.resume(outcomes)
-                except BadLogits as fault:
-                    faults += 1
-                    if faults > _MAX_FAULTS:
-                        raise
-                    self.members.blame(fault)
-                    lost += fault.experts
-                if lost:
-                    self._watch.mixed(time.perf_counter() - started)
-                    await self._without_or_again(lost)
-                    started = time.perf_counter()
             text = decoder.take_text()
             self._watch.mixed(time.perf_counter() - started)
+            # The experts work on while the text is being sent.
+            self._ask()
             if text:
                 self._watch.text(len(text.encode()))
                 started = time.perf_counter()
                 yield text
-                self._watch.parts.send += time.perf_counter() - started
+                if self._round is None:
+                    self._watch.parts.send += time.perf_counter() - started
+                else:
+                    self._round.sent_at = time.perf_counter()
         self._tell_parts(decoder.stopwatch)
+
+    def _ask(self) -> None:
+        """Submit what the decoder needs next, if it needs anything."""
+        started = time.perf_counter()
+        calls = self._opened.calls()
+        self._watch.mixed(time.perf_counter() - started)
+        self._round = self.members.ask(calls) if calls else None
+
+    async def _resume(self, round_: Round) -> None:
+        """Give the decoder what came back, and see to the experts that were lost."""
+        outcomes = await self.members.answers(round_)
+        started = time.perf_counter()
+        lost = [name for name in round_.futures if name not in outcomes]
+        try:
+            self._opened.resume(outcomes)
+        except BadLogits as fault:
+            self._faults += 1
+            if self._faults > _MAX_FAULTS:
+                raise
+            self.members.blame(fault)
+            lost += fault.experts
+        finally:
+            self._watch.mixed(time.perf_counter() - started)
+        if lost:
+            await self._without_or_again(lost)
 
     def _tell_parts(self, stopwatch: Stopwatch) -> None:
         """Share out the coordinator's own time."""
@@ -264,6 +297,8 @@ class Generation:
 
     def close(self) -> None:
         """Free what the text holds at its experts, however it ended."""
+        if self._round is not None:
+            self._round.cancel()
         if self._decoder is not None:
             self.members.release(self._decoder.close())
 
@@ -285,7 +320,7 @@ async def score_text(
         lost: list[str] = []
         try:
             while not lost and (calls := scorer.calls()):
-                outcomes = await members.run(calls)
+                outcomes = await members.answers(members.ask(calls))
                 lost = [name for name in calls if name not in outcomes]
                 if not lost:
                     scorer.resume(outcomes)

@@ -176,8 +176,13 @@ class Watch:
         times.calls += 1
         times.tokens += tokens
 
-    def round_ended(self, asked: Collection[str], experts: Collection[str], since: float) -> None:
-        """What was submitted to the experts `asked` at `since` has been answered by all; `experts`: all of the text."""
+    def round_ended(
+        self, asked: Collection[str], experts: Collection[str], since: float, sent_at: float = 0.0
+    ) -> None:
+        """What was submitted to the experts `asked` at `since` has been answered by all; `experts`: all of the text.
+
+        `sent_at`: when the reader had taken the text that was sent meanwhile.
+        """
         now, answers = time.perf_counter(), {}
         for name in experts:
             own = self.experts.setdefault(name, ExpertTime())
@@ -186,8 +191,11 @@ class Watch:
         last = max(answers.values(), default=now)
         for name, answered_at in answers.items():
             self.experts[name].wait += last - answered_at
+        # Sending costs only what it takes longer than the experts.
+        free = min(now, max(last, sent_at))
+        self.parts.send += free - last
         # The event loop was busy with other texts.
-        self.parts.scheduling += now - last
+        self.parts.scheduling += now - free
 
     def mixed(self, seconds: float) -> None:
         """The coordinator worked so long on the text between two forwards."""
