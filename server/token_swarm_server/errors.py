@@ -88,8 +88,9 @@ def to_status(exception: Exception) -> status_pb2.Status:
 
 
 def _brief(text: str, limit: int) -> str:
-    """At most about `limit` bytes of UTF-8 of a text that may quote the caller."""
-    data = text.encode("utf-8", "backslashreplace")
+    """At most about `limit` bytes of UTF-8 of a text that may quote the caller, and nothing that a terminal obeys."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    data = line.encode("utf-8", "backslashreplace")
     return data.decode() if len(data) <= limit else f"{data[:limit].decode(errors='ignore')}..."
 
 
