@@ -12,7 +12,7 @@ OWN := token_swarm server tests $(wildcard bench)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types experts data proto vllm test-vllm clean
+.PHONY: help venv demo test lint types experts data bench-check proto vllm test-vllm genlm clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ data: $(STAMP) ## Fetch and convert the evaluation data
 	from token_swarm_server.search_data import ensure_search_data; \
 	ensure_search_data(Path(".cache"), console=Console(), texts=[Path("tests/data/prose.txt"), Path("tests/data/dialogue.txt")])'
 
+bench-check: $(STAMP) experts ## Compare this checkout's speed ratios with bench/baseline.json
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench check
+
 # An older protoc than the one we run with: generated code demands at least the runtime it was made by.
 proto: $(STAMP) .venv-proto/.installed ## Generate token_swarm/v1 from protos/
 	.venv-proto/bin/python -m grpc_tools.protoc --proto_path=protos \
@@ -71,6 +74,15 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt setup.py
 
 test-vllm: vllm experts ## Run the tests of the vLLM backend in that environment
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+# A rival that `python -m bench compare` runs when it is there.
+genlm: .venv-genlm/.installed ## Make the virtual environment of the benchmark's rival genlm-bytes
+
+.venv-genlm/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-genlm
+	.venv-genlm/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+		torch genlm-bytes==0.2.0 genlm-backend==0.3.1
+	touch $@
 
 clean: ## Remove what tools leave behind; models and virtual environments stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

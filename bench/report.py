@@ -1,7 +1,7 @@
 """Measures everything and writes docs/performance.md's tables: `python -m bench report --help`.
 
-Every program runs in a process of its own and leaves its JSON in bench/results. The tables and plots are made from those
-files, so `--tables` makes them again without measuring, and `--only` measures a part anew.
+Every program runs in a process of its own and leaves its JSON in bench/results. The tables and plots are made from
+those files, so `--tables` makes them again without measuring, and `--only` measures a part anew.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from token_swarm_server.expert_client import ExpertConnection
@@ -75,7 +76,7 @@ async def _measure(connections: dict[str, ExpertConnection], rows: int, steps: i
     return seconds
 
 
-async def run(width: int, rows: int, steps: int) -> list[dict[str, object]]:
+async def run(width: int, rows: int, steps: int) -> list[dict[str, Any]]:
     """One row a transport: what a step of `rows` logit rows takes."""
     with tempfile.TemporaryDirectory() as directory:
         expert = await asyncio.create_subprocess_exec(

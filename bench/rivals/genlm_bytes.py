@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory of a causal language model")
     options = parser.parse_args()
     import torch
-    from genlm.backend import load_model_by_name
-    from genlm.bytes import AsyncTokenByteTrie, BeamParams, ByteBeamState
-    from genlm.bytes.byte_lm.trie_state import LazyTrieState
-    from genlm.bytes.trie import TrieMode
+    from genlm.backend import load_model_by_name  # type: ignore[import-not-found]
+    from genlm.bytes import AsyncTokenByteTrie, BeamParams, ByteBeamState  # type: ignore[import-not-found]
+    from genlm.bytes.byte_lm.trie_state import LazyTrieState  # type: ignore[import-not-found]
+    from genlm.bytes.trie import TrieMode  # type: ignore[import-not-found]
 
     settings = {"timeout": 0.0, "hf_opts": {"torch_dtype": torch.float32, "device_map": None}}
     model = load_model_by_name(options.model, backend="hf", llm_opts=settings)
