@@ -79,17 +79,10 @@ def test_the_launcher_passes_the_reason_on(tmp_path: Path) -> None:
     assert "engine.kv_cache_memory: 3000000 bytes are too little KV" in " ".join(run.stderr.split())
 
 
-@pytest.mark.real_experts
-@pytest.mark.skipif(needs_vllm.args[0] is False, reason="vllm is installed for this interpreter: nothing is missing")
-def test_without_vllm_the_launcher_says_so(tmp_path: Path) -> None:
-    run = start(tmp_path, f"{{model: {real_expert_dir('smollm2')}, backend: vllm}}")
-    assert run.returncode == 2, run.stderr
-    assert "backend: vllm is not installed for this interpreter; `make vllm`" in " ".join(run.stderr.split())
-
-
-def test_a_missing_environment_is_named(tmp_path: Path) -> None:
-    run = start(tmp_path, "{model: org/name, backend: vllm, python: nowhere/bin/python}")
-    assert run.returncode == 2, run.stderr
-    said = " ".join(run.stderr.split())
-    assert "experts.a.python: " in said
-    assert "nowhere/bin/python cannot be run: No such file or directory" in said
+@pytest.mark.skipif(not needs_vllm.args[0], reason="vllm is installed for this interpreter: nothing is missing")
+def test_an_interpreter_without_vllm_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ExpertLoadError, match=r"^backend: vllm is not installed for this interpreter; `make vllm`"),
+        vllm_expert(tmp_path),
+    ):
+        pass

@@ -111,7 +111,7 @@ def test_a_session_larger_than_the_kv_is_an_error() -> None:
         run(KvShare(pool), pool, sessions(9))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_any_course_of_events_is_served_without_overdraft(data: st.DataObject) -> None:
     pool = CountingPool(data.draw(st.integers(5, 12)))
