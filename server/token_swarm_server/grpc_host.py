@@ -161,9 +161,8 @@ def _check_address(address: str, field: str, access: Access) -> None:
         address, tls=access.tls, tokens=access.tokens is not None, allow_insecure=access.allow_insecure
     )
     if problem is not None:
-        raise BadParameter(
-            field, address, f"unix:PATH or a loopback address without TLS, known callers or --allow-insecure: {problem}"
-        )
+        remedy = "give TLS and say who may call, or --allow-insecure"
+        raise BadParameter(field, address, f"unix:PATH or a loopback address: {problem} ({remedy})")
     if listen.path is None:
         return
     try:

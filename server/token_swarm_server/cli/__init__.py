@@ -1,8 +1,13 @@
 """The command line, `token-swarm`: one module a command. torch is imported only where it is used."""
 
+# ruff: noqa: E402 - grpc reads its variable when it is imported
+
 from __future__ import annotations
 
 import os
+
+# grpc's own log repeats, in its words, what the commands report, and strangers could fill it with failed handshakes.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import typer
 
@@ -38,6 +43,4 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Entry point of the console script."""
-    # grpc's own log repeats, in its words, what the commands report.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     app(prog_name="token-swarm")

@@ -13,7 +13,6 @@ from token_swarm_server import logs
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
 from token_swarm_server.config import load_settings
-from token_swarm_server.grpc_host import public_access
 from token_swarm_server.logs import LogFormat, LogLevel
 from token_swarm_server.settings import Settings
 
@@ -42,6 +41,8 @@ def serve(
       token-swarm serve --config examples/demo.yaml
       TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve --config examples/demo.yaml
     """
+    from token_swarm_server.grpc_host import public_access
+
     given = ({"listen": listen} if listen else {}) | ({"allow_insecure": True} if allow_insecure else {})
     settings = load_settings(config, **({"coordinator": given} if given else {}))
     logs.configure(log_format, log_level)
