@@ -1,12 +1,11 @@
 """The command line, `token-swarm`: one module a command. torch is imported only where it is used."""
 
-# ruff: noqa: E402 - grpc reads its variable when it is imported
-
 from __future__ import annotations
 
 import os
 
 # grpc's own log repeats, in its words, what the commands report, and strangers could fill it with failed handshakes.
+# It reads this when it is imported, so before anything below.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import typer
