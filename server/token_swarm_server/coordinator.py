@@ -14,9 +14,10 @@ from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.engine import Engine
 from token_swarm_server.expert_link import Reviver
 from token_swarm_server.grpc_host import GrpcHost, on_signals, public_access, stop_signal
+from token_swarm_server.malformed import MalformedRequests
 from token_swarm_server.observability import Observability
 from token_swarm_server.particle_store import ParticleStore
-from token_swarm_server.service import Defaults, MalformedRequests, SwarmService
+from token_swarm_server.service import Defaults, SwarmService
 from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES, Settings
 
 logger = logging.getLogger(__name__)

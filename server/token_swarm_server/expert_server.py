@@ -20,6 +20,7 @@ from token_swarm_server import errors, transport, wire
 from token_swarm_server.errors import TransportError
 from token_swarm_server.expert_worker import ExpertWorker, Stream
 from token_swarm_server.grpc_host import LOCAL, Access, GrpcHost, stop_signal
+from token_swarm_server.malformed import MalformedRequests, read_message
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
         try:
             await self._attach(stream, context)
             number = 0
-            while (request := await context.read()) is not transport.END_OF_STREAM:
+            while (request := await read_message(context)) is not transport.END_OF_STREAM:
                 number += 1
                 if request.WhichOneof("message") != "step" or request.step.number != number:
                     raise TransportError(f"expected step {number}")
@@ -117,7 +118,7 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
             self._worker.close_stream(stream)
 
     async def _attach(self, stream: Stream, context: _Context) -> None:
-        request = await context.read()
+        request = await read_message(context)
         if request is transport.END_OF_STREAM or request.WhichOneof("message") != "attach":
             raise TransportError("expected attach as the first message of the stream")
         chosen = expert_pb2.TRANSPORT_INLINE
@@ -144,7 +145,7 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
         try:
             offer = expert_pb2.Offer(name=segment.name, slots=segment.slots, slot_bytes=slot_bytes)
             await context.write(expert_pb2.DecodeResponse(offer=offer))
-            answer = await context.read()
+            answer = await read_message(context)
         finally:
             segment.unlink()
         if answer is transport.END_OF_STREAM or answer.WhichOneof("message") != "mapped":
@@ -177,6 +178,7 @@ class ExpertServer:
             field="address",
             access=access,
             max_message_bytes=transport.MAX_MESSAGE_BYTES,
+            interceptors=[MalformedRequests()],
         )
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._host.server)
 
