@@ -85,7 +85,7 @@ class VllmEngine:
         version = check_installed()
         _set_environment(device, int(options.get("tensor_parallel_size", 1)))
         with _one_line(str(model), version, max_context, options):
-            config = _configure(str(model), device, dtype, max_sequences, max_context, options)
+            config = _configure(version, str(model), device, dtype, max_sequences, max_context, options)
             self._core = _start(config)
         self._scheduler = self._core.scheduler
         self.architecture: str = config.model_config.architectures[0]
@@ -239,7 +239,13 @@ def _set_environment(device: str, workers: int) -> None:
 
 
 def _configure(
-    model: str, device: str, dtype: torch.dtype, max_sequences: int, max_context: int, options: Mapping[str, Value]
+    version: str,
+    model: str,
+    device: str,
+    dtype: torch.dtype,
+    max_sequences: int,
+    max_context: int,
+    options: Mapping[str, Value],
 ) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -267,6 +273,12 @@ def _configure(
         "disable_log_stats": True,
     }
     config = EngineArgs(**arguments).create_engine_config()
+    if config.model_config.has_inner_state or config.model_config.is_attention_free:
+        name = config.model_config.architectures[0]
+        raise ExpertLoadError(f"model: {name} keeps a recurrent state, which cannot be rolled back")
+    if config.model_config.runner_type != "generate":
+        name = config.model_config.architectures[0]
+        raise ExpertLoadError(f"model: vllm {version} does not generate text with {name}")
     cache = config.cache_config
     if current_platform.is_cpu() and not {"kv_cache_memory", "gpu_memory_utilization"} & options.keys():
         # vLLM's default is nearly all of the machine's memory.
@@ -319,7 +331,9 @@ def _one_line(model: str, version: str, max_context: int, options: Mapping[str, 
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence that a person can use: pydantic puts a heading above it."""
+    """What a person can use of a message: pydantic puts a heading and the field's name above it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = next((line.removeprefix("Value error, ") for line in lines if line.startswith("Value error, ")), lines[0])
+    if "validation error" in line and len(lines) > 2:
+        line = f"{lines[1]}: {lines[2]}"
     return line.split(" [type=")[0][:300]
