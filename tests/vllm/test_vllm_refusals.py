@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from token_swarm.experts.transformers_loading import ExpertLoadError
         ({"device": "cuda:0"}, r"^device: 'cuda:0' is not available: this vLLM runs on cpu$"),
         ({"engine": {"max_model_len": 9}}, r"^engine.max_model_len: unknown; allowed: block_size"),
         ({"engine": {"quantization": "nonsense"}}, r"^model: .* cannot be run by vllm 0.32.*nonsense"),
-        ({"engine": {"quantization": "awq"}}, r"^model: .* cannot be run by vllm 0.32.*"),
+        ({"engine": {"quantization": "awq"}}, r"^model: .* cannot be run by vllm 0.32.*awq"),
+        ({"engine": {"kv_cache_dtype": "no"}}, r"^model: .* cannot be run by vllm 0.32.*cache_dtype: Input should be"),
         (
             {"engine": {"kv_cache_memory": 3_000_000}},
             r"^engine.kv_cache_memory: 3000000 bytes are too little KV for one sequence of max_context 512: ",
@@ -46,17 +48,25 @@ def test_options_that_cannot_be_served(options: dict[str, Any], message: str) ->
 
 
 @needs_vllm
-@pytest.mark.parametrize("kind", ["bert", "mamba"])
-def test_models_that_cannot_be_served(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("bert", "^model: vllm .* does not generate text with BertModel$"),
+        ("mamba", "^model: MambaForCausalLM keeps a recurrent state, which cannot be rolled back$"),
+        ("unknown", "^model: .* cannot be loaded as a causal language model: .*`nonsense`"),
+    ],
+)
+def test_models_that_cannot_be_served(tmp_path: Path, kind: str, message: str) -> None:
     sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1}
     if kind == "bert":
         BertModel(BertConfig(**sizes, num_attention_heads=2, intermediate_size=32)).save_pretrained(tmp_path)
-    else:
+    elif kind == "mamba":
         MambaForCausalLM(MambaConfig(**sizes, state_size=4)).save_pretrained(tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ExpertLoadError, match=r"^model: ") as raised, vllm_expert(tmp_path, max_context=64):
+    with pytest.raises(ExpertLoadError, match=message) as raised, vllm_expert(tmp_path, max_context=64):
         pass
-    print(raised.value)
     assert "\n" not in str(raised.value)
 
 
