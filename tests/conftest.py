@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,19 @@ def real_expert_dir(name: str) -> Path:
     if not (directory / "token_swarm.json").is_file():
         pytest.skip(f"the demo expert {name} is not in {directory.relative_to(EXPERTS.parents[1])}: make experts")
     return directory
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """What a command in this process has its log written to ends with the test: that stream is closed."""
+    root = logging.getLogger()
+    before = set(root.handlers)
+    levels = {name: logging.getLogger(name).level for name in ("token_swarm", "token_swarm_server")}
+    yield
+    for handler in set(root.handlers) - before:
+        root.removeHandler(handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")

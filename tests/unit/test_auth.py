@@ -83,7 +83,7 @@ def test_a_public_address_needs_encryption_and_known_callers(given, problem):
 def test_a_server_itself_refuses_to_be_exposed(tmp_path):
     tokens.create_token(tmp_path / "t", "alice")
     for access in (Access(), Access(tokens=tmp_path / "t")):
-        with pytest.raises(BadParameter, match=r"address: .* unix:PATH or a loopback address .* not encrypted"):
+        with pytest.raises(BadParameter, match=r"address: .* unix:PATH or a loopback address: .* not encrypted"):
             GrpcHost("s", "0.0.0.0:0", field="address", max_message_bytes=1, access=access)
 
 
