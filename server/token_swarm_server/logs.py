@@ -5,6 +5,7 @@ No line holds a prompt, a text or a credential. Nothing in a line can be mistake
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 from token_swarm_server.observer import Sink, Watch
 
 logger = logging.getLogger("token_swarm_server.requests")
+console_logger = logging.getLogger("token_swarm_server.console")
 
 # Ours are told apart from libraries, which have to warn to be heard.
 _OWN = ("token_swarm", "token_swarm_server")
@@ -72,8 +74,23 @@ class TextFormatter(logging.Formatter):
         message = _one_line(record.getMessage())
         line = f"{_time(record)} {record.levelname} {record.name.rpartition('.')[2]}: {message}{fields}"
         if record.exc_info:
-            line += "".join(f"\n  {one}" for one in self.formatException(record.exc_info).splitlines())
+            line += "".join(f"\n  {_one_line(one)}" for one in self.formatException(record.exc_info).splitlines())
         return line
+
+
+class LineLog(io.StringIO):
+    """A file whose lines go into the log: for a console that a machine reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        """Log the lines that are complete; empty ones are left out."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in filter(None, map(str.strip, lines)):
+            console_logger.info("%s", line)
+        return len(text)
 
 
 class RequestLog(Sink):
