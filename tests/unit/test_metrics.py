@@ -20,11 +20,12 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client import Histogram as TheirHistogram
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
+from rich.progress import Progress
 from token_swarm_server.cli.rates import quantile, rates
 from token_swarm_server.cli.top import view
 from token_swarm_server.counts import INTER_BYTE_SECONDS, Counts, Histogram
 from token_swarm_server.errors import ExpertUnavailable, QueueFull
-from token_swarm_server.logs import JsonFormatter, RequestLog, TextFormatter
+from token_swarm_server.logs import JsonFormatter, LineLog, RequestLog, TextFormatter
 from token_swarm_server.metrics import PREFIX, SwarmCollector
 from token_swarm_server.observer import Observer, Outcome, Sink, Step, Watch, request_id
 from token_swarm_server.status import LiveExpert, status_to_proto
@@ -328,6 +329,16 @@ def test_a_line_cannot_be_forged() -> None:
     assert "\x1b" not in text
     assert text.endswith('note="a \\"b\\" = c\\n" empty="" plain=x-1')
     assert "\n" not in JsonFormatter().format(record)
+
+
+def test_a_console_for_machines_writes_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "token_swarm_server.console")
+    console = Console(file=LineLog(), width=1000, color_system=None)
+    with Progress(console=console) as progress:
+        progress.update(progress.add_task("expert a: ready", total=1), completed=1)
+    console.print("serving on 127.0.0.1:50061")
+    assert [record.getMessage() for record in caplog.records][-1] == "serving on 127.0.0.1:50061"
+    assert caplog.records[0].getMessage().startswith("expert a: ready")
 
 
 def test_an_exception_is_part_of_its_line() -> None:

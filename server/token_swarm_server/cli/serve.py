@@ -51,9 +51,16 @@ def serve(
         _require_free(settings.coordinator.metrics.listen, "coordinator.metrics.listen")
     # Before minutes of loading.
     public_access(settings.coordinator).require_usable(settings.coordinator.listen, "coordinator.listen")
-    console = session.stderr_console()
+    console = _log_console() if log_format is LogFormat.JSON else session.stderr_console()
     models = session.ready_models(settings, console)
-    session.run(_serve(settings, models, console))
+    session.run(_serve(settings, models, console, table=log_format is LogFormat.TEXT))
+
+
+def _log_console() -> Console:
+    """A console for a machine that reads standard error: every line is one of the log."""
+    from rich.console import Console
+
+    return Console(file=logs.LineLog(), width=1000, color_system=None)
 
 
 def _require_free(listen: str, field: str) -> None:
@@ -70,7 +77,7 @@ def _require_free(listen: str, field: str) -> None:
         raise CliError(f"{field}: {listen} is in use; give another address, or port 0 for any free one")
 
 
-async def _serve(settings: Settings, models: dict[str, str], console: Console) -> None:
+async def _serve(settings: Settings, models: dict[str, str], console: Console, *, table: bool) -> None:
     from token_swarm_server.launcher import launch
 
     importing = asyncio.create_task(session.import_coordinator())
@@ -78,7 +85,7 @@ async def _serve(settings: Settings, models: dict[str, str], console: Console) -
     tables: list[asyncio.Task[None]] = []
 
     def ready(address: str) -> None:
-        if settings.coordinator.tls is None and settings.coordinator.tokens is None:
+        if table and settings.coordinator.tls is None and settings.coordinator.tokens is None:
             tables.append(asyncio.create_task(_show(address, console)))
         console.print(f"serving on {address}; stop with Ctrl-C", markup=False, highlight=False)
 
