@@ -22,7 +22,7 @@ from token_swarm_server.benchmark.plan import Plan
 from token_swarm_server.benchmark.tables import Table
 
 from bench.common import DEMO_EXPERTS, print_facts, with_facts
-from bench.compare import Round, Swarm, figures, swarm_turn
+from bench.compare import Round, Swarm, round_ratios, swarm_turn
 from bench.kernels import interleaved
 from token_swarm.kernels import dispatch, eager
 from token_swarm.particle import Rule
@@ -57,8 +57,7 @@ async def one_round(swarm: Swarm, options: argparse.Namespace, number: int, samp
     found, plan, experts = Round(), Plan(options.prompt_bytes, options.max_bytes), list(swarm.recorders)
     for streams in STREAMS:
         await swarm_turn(swarm, found, plan, experts, streams=streams, texts=max(2, streams), seed=100 * number)
-    ratios = {name: spread["median"] for name, spread in figures([found], experts, STREAMS)["ratios"].items()}
-    for name, ratio in (ratios | kernel_ratios()).items():
+    for name, ratio in (round_ratios(found, experts, STREAMS) | kernel_ratios()).items():
         samples.setdefault(name, []).append(ratio)
 
 

@@ -47,6 +47,7 @@ TARGETS = {
     "genlm smollm2 / ensemble": ("at least", 5.0),
     "lockstep / ensemble": ("at least", 1.5),
 }
+LOCKSTEP = ("lockstep, a thread each", "lockstep, in turn")
 # What the coordinator has not told the experts yet when a client has its last byte: that the text's KV is free.
 _SETTLE_SECONDS = 0.3
 
@@ -154,8 +155,8 @@ def plain_jobs(experts: Sequence[str], cores: int) -> dict[str, dict[str, Any]]:
     """What bench/rivals/plain.py is asked for."""
     return {
         **{f"generate {name}": {"do": "generate", "model": name, "threads": 1} for name in experts},
-        "lockstep, a thread each": {"do": "lockstep", "parallel": True, "threads": 1},
-        "lockstep, in turn": {"do": "lockstep", "parallel": False, "threads": cores},
+        LOCKSTEP[0]: {"do": "lockstep", "parallel": True, "threads": 1},
+        LOCKSTEP[1]: {"do": "lockstep", "parallel": False, "threads": cores},
     }
 
 
@@ -224,41 +225,43 @@ def _child(stack: contextlib.ExitStack, name: str, command: Sequence[str], threa
     return child
 
 
-def figures(rounds: Sequence[Round], experts: Sequence[str], streams: Sequence[int]) -> dict[str, Any]:
-    """Every contestant's ms per byte, and the ratios of each round."""
-    contestants = {
-        key: Spread.of([each.per_byte[key] for each in rounds]).plain()
-        for key in rounds[0].per_byte
-        if all(key in each.per_byte for each in rounds)
-    }
-    walls = {key: Spread.of([each.wall[key] for each in rounds]).plain() for key in rounds[0].wall}
-    ratios: dict[str, Spread] = {}
-
-    def ratio(name: str, of: Callable[[Round], float]) -> None:
-        with contextlib.suppress(KeyError):
-            ratios[name] = Spread.of([of(each) for each in rounds])
-
+def round_ratios(found: Round, experts: Sequence[str], streams: Sequence[int]) -> dict[str, float]:
+    """One round's ratios, of those contestants that took part."""
+    per_byte, wall, one = found.per_byte, found.wall, f"{ENSEMBLE}, {Load(concurrency=1)}"
+    ratios: dict[str, float] = {}
     for load in (str(Load(concurrency=count)) for count in streams):
         own = f"{ENSEMBLE}, {load}"
-        ratio(
-            f"ensemble / floor, {load}", lambda each, own=own, load=load: each.wall[own] / each.wall[f"floor, {load}"]
-        )  # type: ignore[misc]
-        ratio(
-            f"ensemble / slower expert alone, {load}",
-            lambda each, own=own, load=load: (  # type: ignore[misc]
-                each.per_byte[own] / max(each.per_byte[f"alone {name}, {load}"] for name in experts)
-            ),
-        )
-    one = f"{ENSEMBLE}, {Load(concurrency=1)}"
+        slower = max(per_byte[f"alone {name}, {load}"] for name in experts)
+        ratios[f"ensemble / floor, {load}"] = wall[own] / wall[f"floor, {load}"]
+        ratios[f"ensemble / slower expert alone, {load}"] = per_byte[own] / slower
     for name in experts:
-        alone = f"alone {name}, {Load(concurrency=1)}"
-        ratio(f"generate {name} / alone", lambda r, n=name, a=alone: r.per_byte[f"generate {n}"] / r.per_byte[a])  # type: ignore[misc]
-        ratio(f"genlm {name} / bytes", lambda r, n=name: r.per_byte[f"genlm {n}"] / r.per_byte[f"bytes {n}"])  # type: ignore[misc]
-        ratio(f"genlm {name} / ensemble", lambda r, n=name: r.per_byte[f"genlm {n}"] / r.per_byte[one])  # type: ignore[misc]
-    # The faster of its two ways, round by round.
-    ways = ("lockstep, a thread each", "lockstep, in turn")
-    ratio("lockstep / ensemble", lambda r: min(r.per_byte[way] for way in ways) / r.per_byte[one])
-    return {"ms_per_byte": contestants, "wall_ms_per_byte": walls, "ratios": {k: v.plain() for k, v in ratios.items()}}
+        rivals = {
+            f"generate {name} / alone": (f"generate {name}", f"alone {name}, {Load(concurrency=1)}"),
+            f"genlm {name} / bytes": (f"genlm {name}", f"bytes {name}"),
+            f"genlm {name} / ensemble": (f"genlm {name}", one),
+        }
+        for label, (above, below) in rivals.items():
+            if above in per_byte and below in per_byte:
+                ratios[label] = per_byte[above] / per_byte[below]
+    ways = [per_byte[way] for way in LOCKSTEP if way in per_byte]
+    if ways and one in per_byte:
+        # The faster of its two ways, round by round.
+        ratios["lockstep / ensemble"] = min(ways) / per_byte[one]
+    return ratios
+
+
+def figures(rounds: Sequence[Round], experts: Sequence[str], streams: Sequence[int]) -> dict[str, Any]:
+    """Every contestant's ms per byte and every ratio, over the rounds that have it."""
+    return {
+        "ms_per_byte": _spreads([found.per_byte for found in rounds]),
+        "wall_ms_per_byte": _spreads([found.wall for found in rounds]),
+        "ratios": _spreads([round_ratios(found, experts, streams) for found in rounds]),
+    }
+
+
+def _spreads(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    names = list(dict.fromkeys(name for found in rounds for name in found))
+    return {name: Spread.of([found[name] for found in rounds if name in found]).plain() for name in names}
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:

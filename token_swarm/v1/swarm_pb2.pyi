@@ -508,7 +508,7 @@ class Breakdown(_message.Message):
     scheduling_seconds: _builtins.float
     """The rest of the coordinator: planning forwards, finding text that may be shown."""
     send_seconds: _builtins.float
-    """Handing text to the stream, and waiting for a client that reads slowly."""
+    """Handing text to the stream, and waiting for a client that reads slowly: as far as no forward ran meanwhile."""
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertTime]:
         """The forwards, as each expert had them. They run at the same time, so they overlap."""
