@@ -74,6 +74,10 @@ class Status(enum.IntEnum):
     """A symbol was chosen that a group's shaped law excludes: give it the unshaped laws and walk on."""
 
 
+# Looking a member up by its value takes longer than a byte.
+_STATUSES = tuple(Status)
+
+
 class Which(enum.IntEnum):
     """Which heads `ByteWalk.heads` lists."""
 
@@ -172,6 +176,7 @@ class ByteWalk:
         self.experts = sum(len(group.exponents) for group in groups)
         self.handle = self._library.ts_sequence_new(len(groups), specs, log_linear)
         self._view = _WalkView()
+        self.view_address = ctypes.addressof(self._view)
         self._shares = np.zeros(self.experts)
         self._view.shares = self._shares.ctypes.data
         self._room = 0
@@ -260,9 +265,11 @@ class ByteWalk:
         if max_bytes > self._room:
             # Kept from walk to walk: a walk is a few bytes long, and making arrays would cost more than it does.
             self._room = max_bytes
-            self._data = (ctypes.c_char * max_bytes)()
-            self._log_probs = (_F64 * (max_bytes + 1))()
-            view.bytes, view.log_probs = ctypes.addressof(self._data), ctypes.addressof(self._log_probs)
+            data = bytearray(max_bytes)
+            self._bytes = memoryview(data)
+            self._log_probs = np.empty(max_bytes + 1)
+            view.bytes = ctypes.addressof((ctypes.c_char * max_bytes).from_buffer(data))
+            view.log_probs = self._log_probs.ctypes.data
         if uniforms is None:
             view.uniforms = None
         else:
@@ -273,11 +280,11 @@ class ByteWalk:
     def _stretch(self) -> Stretch:
         view = self._view
         return Stretch(
-            self._data.raw[: view.count],
-            self._log_probs[: view.symbols],
+            bytes(self._bytes[: view.count]),
+            self._log_probs[: view.symbols].tolist(),
             self._shares.copy(),
             view.certificate,
-            Status(view.status),
+            _STATUSES[view.status],
             view.symbol,
         )
 
@@ -298,6 +305,6 @@ def walk_together(
     for walk, own, script, most, tokens in zip(walks, uniforms, scripts, max_bytes, max_tokens, strict=True):
         walk._prepare(own, script, most, tokens)
     handles = (_PTR * len(walks))(*[walk.handle for walk in walks])
-    views = (_PTR * len(walks))(*[ctypes.addressof(walk._view) for walk in walks])
+    views = (_PTR * len(walks))(*[walk.view_address for walk in walks])
     _library().ts_walk(len(walks), handles, views)
     return [walk._stretch() for walk in walks]

@@ -57,10 +57,13 @@ struct WalkView {
 namespace {
 
 constexpr int END = 256, ROOT = 0, SYMBOL_COUNT = baseline::SYMBOLS;
+constexpr int64_t DEAD = -1;  // no head has this key
 
 struct Law {
     LawView own;
     std::vector<LawView> members;
+    // Masses of the first bytes, the end included: looked up all over the vocabulary, so once.
+    std::vector<double> first;
 };
 
 struct Head {
@@ -152,8 +155,8 @@ public:
         heads[i].pending = pending(laws[law].own, ROOT);
         has_law = false;
         if (spec.window >= 0) {
-            for (double& x : boundary) x = spec.boundary_floor;
-            add_next(laws[law].own, ROOT, 1.0, boundary);
+            std::fill(boundary, boundary + SYMBOL_COUNT, spec.boundary_floor);
+            TS_PICK(add_law)(boundary, 1.0, first(law));
             TS_PICK(scale_law)(boundary);
             has_boundary = true;
         }
@@ -170,7 +173,9 @@ public:
             std::fill(cached, cached + SYMBOL_COUNT, 0.0);
             double fresh = 0;
             for (auto& head : heads) {
-                if (head.law >= 0) {
+                if (head.law >= 0 && head.node == ROOT) {
+                    TS_PICK(add_law)(cached, head.weight, first(head.law));
+                } else if (head.law >= 0) {
                     add_next(laws[head.law].own, head.node, head.weight, cached);
                 } else if (has_boundary && head.start == int64_t(text.size())) {
                     const double weight = head.weight / boundary_sum(head);
@@ -209,12 +214,15 @@ public:
         text.push_back(uint8_t(byte));
         const int64_t end = int64_t(text.size());
         const size_t old = heads.size();
-        std::vector<uint8_t> dead(old, 0);
-        for (size_t i = 0; i < old; i++) dead[i] = heads[i].law >= 0 && !move(i, byte, end);
-        size_t kept = 0;
-        for (size_t i = 0; i < heads.size(); i++)
-            if (i >= old || !dead[i]) heads[kept++] = heads[i];
-        heads.resize(kept);
+        size_t dead = 0;
+        for (size_t i = 0; i < old; i++)
+            if (heads[i].law >= 0 && !move(i, byte, end)) {
+                heads[i].key = DEAD;
+                dead++;
+            }
+        if (dead)
+            heads.erase(std::remove_if(heads.begin(), heads.end(), [](auto& head) { return head.key == DEAD; }),
+                        heads.end());
         settle();
         retire();
     }
@@ -299,6 +307,15 @@ private:
         for (int32_t to = spec.first_child[node]; to < spec.first_child[node + 1]; to++)
             out[spec.byte[to]] += weight * interval(law, spec.low[to], spec.high[to]);
         if (node == ROOT) out[END] += weight * law.end;
+    }
+
+    const double* first(int32_t law) {
+        Law& own = laws[size_t(law)];
+        if (own.first.empty()) {
+            own.first.assign(SYMBOL_COUNT, 0.0);
+            add_next(own.own, ROOT, 1.0, own.first.data());
+        }
+        return own.first.data();
     }
 
     // What the boundary law adds up to for a fresh cold head: bytes that go on in a longer token count less.
@@ -463,7 +480,7 @@ private:
 };
 
 Law make_law(const LawView* own, int64_t members, const LawView* member_laws) {
-    return {*own, std::vector<LawView>(member_laws, member_laws + members)};
+    return {*own, std::vector<LawView>(member_laws, member_laws + members), {}};
 }
 
 HeadView view(const Head& head) {
