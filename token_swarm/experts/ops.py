@@ -34,10 +34,11 @@ def refusal(op: Op, lengths: Mapping[int, int], spec: ExpertSpec) -> OpError | N
                 return _unknown(op, sequence)
             return _bad_tokens(op, tokens, lengths[sequence], spec)
         case Fork(sequence, new):
-            if sequence not in lengths:
-                return _unknown(op, sequence)
+            # First, so that any other error says that `new` does not exist: who keeps count of sequences relies on it.
             if new in lengths:
                 return OpError(OpErrorKind.SEQUENCE_EXISTS, f"fork: sequence {new} exists already")
+            if sequence not in lengths:
+                return _unknown(op, sequence)
             return _no_free_sequence(op, lengths, spec)
         case Truncate(sequence, length):
             if sequence not in lengths:
