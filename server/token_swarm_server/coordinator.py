@@ -22,6 +22,9 @@ from token_swarm_server.settings import PUBLIC_MESSAGE_BYTES, Settings
 
 logger = logging.getLogger(__name__)
 
+_FLUSH_SECONDS = 0.5
+"""For the last messages of texts that have ended to leave."""
+
 SERVICE = swarm_pb2.DESCRIPTOR.services_by_name["SwarmService"].full_name
 
 
@@ -45,6 +48,7 @@ class CoordinatorServer:
         swarm_pb2_grpc.add_SwarmServiceServicer_to_server(self._service, self._host.server)
         self._experts_changed = asyncio.Event()
         self._health: asyncio.Task[None] | None = None
+        self._impatient = asyncio.Event()
 
     @property
     def address(self) -> str:
@@ -78,20 +82,27 @@ class CoordinatorServer:
         logger.info("reload: %d particles", len(particles.all()))
 
     async def stop(self, grace: float | None = None) -> None:
-        """Tell the health checks, refuse new texts, let running ones end for `grace` seconds (None: as configured),
-        only then leave the experts."""
+        """Tell the health checks, refuse new requests, let accepted ones end for `grace` seconds (None: as
+        configured), only then leave the experts."""
         if self._health is not None:
             self._health.cancel()
             await asyncio.gather(self._health, return_exceptions=True)
         await self._host.announce_stop()
         self._service.drain()
-        await self._host.server.stop(self._settings.drain_seconds if grace is None else grace)
+        # Not grpc's own grace: it refuses new calls without telling when to try again, and waits for those that watch
+        # the health to hang up.
+        waits = {asyncio.create_task(self._service.wait_idle()), asyncio.create_task(self._impatient.wait())}
+        grace = self._settings.drain_seconds if grace is None else grace
+        await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        await self._host.server.stop(_FLUSH_SECONDS if grace else None)
         await self._engine.close()
         await self._engine.observer.stop()
 
-    async def stop_now(self) -> None:
+    def hurry(self) -> None:
         """End the grace of a `stop` that is under way."""
-        await self._host.server.stop(None)
+        self._impatient.set()
 
 
 async def run_coordinator(
@@ -135,8 +146,7 @@ async def run_coordinator(
     await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
         logger.info("stopping at once")
-        # A second stop of grpc shortens the grace of the first.
-        await server.stop_now()
+        server.hurry()
     impatient.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await draining

@@ -48,14 +48,21 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         self._particles = particles
         self._defaults = defaults
         self._draining = False
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def use_particles(self, particles: ParticleStore) -> None:
         """Offer other particles from the next request on."""
         self._particles = particles
 
     def drain(self) -> None:
-        """Refuse new texts from now on; running ones go on."""
+        """Refuse new requests from now on; accepted ones go on."""
         self._draining = True
+
+    async def wait_idle(self) -> None:
+        """Return once no request is being served."""
+        await self._idle.wait()
 
     async def Generate(  # type: ignore[override]  # noqa: N802 - gRPC's name; the stubs know only the generator style
         self, request: swarm_pb2.GenerateRequest, context: Context
@@ -64,13 +71,12 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         try:
             with self._watch("generate", request.request_id, len(request.prompt.encode()), context) as watch:
                 await _say_id(watch, context)
-                async with self._limit():
+                async with self._serving():
                     await self._generate(request, context, watch)
         except Exception as error:  # every error becomes one status
             await abort(context, error)
 
     async def _generate(self, request: swarm_pb2.GenerateRequest, context: Context, watch: Watch) -> None:
-        self._require_open()
         decode = public_wire.request_from_proto(
             request, epsilon=self._defaults.epsilon, window=self._defaults.window, default_max_bytes=DEFAULT_MAX_BYTES
         )
@@ -93,8 +99,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         try:
             with self._watch("score", request.request_id, size, context) as watch:
                 await _say_id(watch, context)
-                async with self._limit():
-                    self._require_open()
+                async with self._serving():
                     prompt = Prompt(request.prompt, request.chat, self._mixture(request))
                     score = await self._engine.score(prompt, request.text, watch)
                     watch.finished(Outcome("scored"))
@@ -109,13 +114,22 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         )
 
     @asynccontextmanager
-    async def _limit(self) -> AsyncIterator[None]:
+    async def _serving(self) -> AsyncIterator[None]:
+        """Around the work of a request: not while draining, and no longer than the server allows."""
+        if self._draining:
+            raise Unavailable("the server is shutting down", retry_after=5.0)
         seconds = self._defaults.max_seconds
+        self._active += 1
+        self._idle.clear()
         try:
             async with asyncio.timeout(seconds):
                 yield
         except TimeoutError as error:
             raise DeadlineExceeded(f"the request took longer than this server allows, {seconds:g} s") from error
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
 
     async def ListExperts(  # noqa: N802
         self, request: swarm_pb2.ListExpertsRequest, context: Context
@@ -144,10 +158,6 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         del request, context
         experts = await look(self._engine.links)
         return status_to_proto(self._engine.observer.counts, experts, draining=self._draining)
-
-    def _require_open(self) -> None:
-        if self._draining:
-            raise Unavailable("the server is shutting down", retry_after=5.0)
 
     def _mixture(self, request: swarm_pb2.GenerateRequest | swarm_pb2.ScoreRequest) -> Mixture:
         specs = self._engine.ensemble.specs

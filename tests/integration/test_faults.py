@@ -85,6 +85,7 @@ class Swarm:
             cache=tmp_path / "cache",
         )
         self.engine: Engine
+        self.server: CoordinatorServer
         self.stub: Any
         self.address = ""
         self._revivals: set[asyncio.Task[None]] = set()
@@ -143,7 +144,7 @@ async def swarm(tmp_path: Path, **options: Any) -> AsyncIterator[Swarm]:
     running.engine = await Engine.connect(endpoints, running.settings, reviver=running)
     server = CoordinatorServer(running.settings, running.engine)
     await server.start()
-    running.address = server.address
+    running.server, running.address = server, server.address
     async with grpc.aio.insecure_channel(server.address) as channel:
         running.stub = swarm_pb2_grpc.SwarmServiceStub(channel)
         try:
