@@ -21,6 +21,7 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 # turned away learns as well: whether somebody serves here.
 OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 TOKEN_NEEDED = "a valid bearer token is needed: `authorization: Bearer TOKEN` in the metadata of the call"
+_ALTERNATIVE_NAMES = "x509_subject_alternative_name"
 NAME_NEEDED = "the client's certificate has none of the names that may call"
 
 
@@ -77,7 +78,8 @@ def _named(handler: Any, names: Collection[str], method: str) -> Any:
     inner = getattr(handler, "_".join(kind))
 
     async def check(context: Context) -> None:
-        shown = {identity.decode("utf-8", "replace") for identity in context.peer_identities() or ()}
+        # Not grpc's peer identities: without alternative names they are the common name, which no authority checks.
+        shown = {name.decode("utf-8", "replace") for name in context.auth_context().get(_ALTERNATIVE_NAMES, ())}
         if shown.isdisjoint(names):
             await _refuse(method, NAME_NEEDED, context)
 

@@ -63,16 +63,16 @@ class Pki:
         self.ca = folder / "ca.pem"
         self._authority.cert_pem.write_to_path(self.ca)
 
-    def issue(self, file: str, *names: str) -> dict[str, str]:
+    def issue(self, file: str, *names: str, common_name: str | None = None) -> dict[str, str]:
         """Make FILE.pem and FILE.key; their paths by what settings call them."""
-        issued = self._authority.issue_cert(*names)
+        issued = self._authority.issue_cert(*names, common_name=common_name)
         certificate, key = self.folder / f"{file}.pem", self.folder / f"{file}.key"
         certificate.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
         issued.private_key_pem.write_to_path(key)
         return {"certificate": str(certificate), "key": str(key)}
 
-    def client(self, file: str, *names: str) -> ClientTls:
-        return ClientTls.model_validate({"ca": self.ca, **self.issue(file, *names)})
+    def client(self, file: str, *names: str, common_name: str | None = None) -> ClientTls:
+        return ClientTls.model_validate({"ca": self.ca, **self.issue(file, *names, common_name=common_name)})
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +274,10 @@ async def test_a_certificate_with_another_name_is_unauthenticated(tmp_path, pki,
                 answers = {what: await status_of(call) for what, call in calls.items()}
                 assert set(answers.values()) == {(grpc.StatusCode.UNAUTHENTICATED, auth.NAME_NEEDED)}, answers
                 await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        common_name = pki.client("common", "bob.example", common_name="alice.example")
+        async with channel_to(running, common_name) as channel:
+            call = swarm_pb2_grpc.SwarmServiceStub(channel).ListExperts(swarm_pb2.ListExpertsRequest())
+            assert await status_of(call) == (grpc.StatusCode.UNAUTHENTICATED, auth.NAME_NEEDED)
         assert all(link.counters.steps == 0 for link in running.engine.links.values())
         for names in (("carol.example",), ("x.example", "alice.example")):
             right = pki.client("right", *names)
@@ -577,6 +581,15 @@ def test_commands_say_what_is_wrong_with_credentials(guarded, pki, strangers, tm
         assert message in result.stderr
         assert len(result.stderr.splitlines()) == 1
         assert file.read_text().strip() not in result.stderr
+
+
+def test_other_programs_show_a_token_as_the_docs_say(guarded, pki):
+    address, token, _ = guarded
+    tls = grpc.ssl_channel_credentials(pki.ca.read_bytes())
+    credentials = grpc.composite_channel_credentials(tls, grpc.access_token_call_credentials(token))
+    with grpc.secure_channel(address, credentials) as channel:
+        stub: Any = swarm_pb2_grpc.SwarmServiceStub(channel)
+        assert "".join(each.chunk.text for each in stub.Generate(REQUEST)) == text_of_one_process()
 
 
 def test_a_search_shows_its_token_too(guarded, pki):
