@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from token_swarm_server.config import ConfigError, load_settings
-from token_swarm_server.settings import ExpertSettings
+from token_swarm_server.settings import CLIENT_VARIABLES, ClientTls, ExpertSettings, ServerTls
 
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.particle import Particle
@@ -61,8 +61,11 @@ def test_paths_are_relative_to_the_file_and_hub_ids_are_left_alone(load, tmp_pat
         "  b: {model: ./missing, python: venv/bin/python}\n"
         "  c: {model: owner/name}\n"
         "  d: {model: /absolute}\n"
-        "  e: {address: '127.0.0.1:1'}\n"
-        "coordinator: {particles: here}\n"
+        "  e: {address: '127.0.0.1:1', tls: {ca: ca.pem, certificate: /c.pem, key: k.pem}}\n"
+        "coordinator:\n"
+        "  particles: here\n"
+        "  tokens: tokens.json\n"
+        "  tls: {certificate: c.pem, key: ~/k.pem, client_ca: ca.pem, client_names: [alice.example]}\n"
     )
     models = {name: expert.model for name, expert in settings.experts.items()}
     assert models == {
@@ -74,6 +77,17 @@ def test_paths_are_relative_to_the_file_and_hub_ids_are_left_alone(load, tmp_pat
     }
     assert settings.experts["b"].python == tmp_path / "venv/bin/python"
     assert settings.coordinator.particles == tmp_path / "here"
+    assert settings.coordinator.tokens == tmp_path / "tokens.json"
+    home = Path.home()
+    assert settings.coordinator.tls == ServerTls(
+        certificate=tmp_path / "c.pem",
+        key=home / "k.pem",
+        client_ca=tmp_path / "ca.pem",
+        client_names=["alice.example"],
+    )
+    assert settings.experts["e"].tls == ClientTls(
+        ca=tmp_path / "ca.pem", certificate=Path("/c.pem"), key=tmp_path / "k.pem"
+    )
     assert set(settings.local_experts()) == {"a", "b", "c", "d"}
 
 
@@ -81,7 +95,7 @@ BAD = {
     "unknown key": ("expert: {}\n" + MINIMAL, ["expert: unknown key", "experts, coordinator, cache"]),
     "unknown key of an expert": (
         "experts: {one: {model: m, treads: 1}}",
-        ["experts.one.treads: unknown key", "model, backend, device", "threads"],
+        ["experts.one.treads: unknown key", "model, backend, engine, device", "threads"],
     ),
     "unknown key of the coordinator": (
         MINIMAL + "coordinator: {windwo: 1}",
@@ -114,6 +128,32 @@ BAD = {
         MINIMAL + "coordinator: {listen: '0.0.0.0:1'}",
         ["coordinator.listen", "127.0.0.1"],
     ),
+    "public without tls": (
+        MINIMAL + "coordinator: {listen: '[::]:1', tokens: t}",
+        ["coordinator.listen", "[::]:1 can be reached from other machines, but is not encrypted;", "allow_insecure"],
+    ),
+    "public without callers": (
+        MINIMAL + "coordinator: {listen: '0.0.0.0:1', tls: {certificate: c, key: k}}",
+        ["coordinator.listen", "but lets everybody call", "coordinator.tokens or tls.client_ca"],
+    ),
+    "unknown key of tls": (
+        MINIMAL + "coordinator: {tls: {certificate: c, key: k, cert: c}}",
+        ["coordinator.tls.cert: unknown key; allowed: certificate, key, client_ca, client_names"],
+    ),
+    "unknown key of an expert's tls": (
+        "experts: {tls: {address: 'a:1', tls: {client_ca: c}}}",
+        ["experts.tls.tls.client_ca: unknown key; allowed: ca, certificate, key"],
+    ),
+    "tls without a key": (MINIMAL + "coordinator: {tls: {certificate: c}}", ["coordinator.tls.key: is needed"]),
+    "names without an authority": (
+        MINIMAL + "coordinator: {tls: {certificate: c, key: k, client_names: [a]}}",
+        ["coordinator.tls", "client_names: needs client_ca"],
+    ),
+    "half a pair": (
+        "experts: {one: {address: 'a:1', tls: {certificate: c}}}",
+        ["experts.one.tls", "give certificate and key, or neither"],
+    ),
+    "tls of a local expert": ("experts: {one: {model: m, tls: {ca: c}}}", ["experts.one", "expert with an address"]),
     "listen port": (MINIMAL + "coordinator: {listen: '127.0.0.1:70000'}", ["coordinator.listen", "port"]),
     "listen socket": (
         MINIMAL + "coordinator: {listen: 'unix:relative'}",
@@ -153,6 +193,12 @@ def test_an_unknown_variable_is_refused(load, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match=f"environment: {name}: unknown; allowed: TOKEN_SWARM_EXPERTS"):
         load(MINIMAL)
+
+
+def test_variables_for_clients_are_no_keys(load, monkeypatch):
+    for name in CLIENT_VARIABLES:
+        monkeypatch.setenv(name, "x")
+    assert load(MINIMAL).coordinator.tokens is None
 
 
 def test_the_example_is_valid_and_its_particle_fits_it():
