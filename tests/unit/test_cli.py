@@ -16,7 +16,10 @@ from typer.testing import CliRunner
 from token_swarm.particle import Mixture, Particle, Rule
 from token_swarm.v1 import swarm_pb2
 
-COMMANDS = ("demo", "serve", "generate", "score", "expert", "particles", "doctor")
+COMMANDS = (
+    "demo", "serve", "generate", "score", "search", "expert", "health", "top", "doctor", "particles",
+    "tokens create", "bench latency", "bench load",
+)  # fmt: skip
 
 
 def run(*arguments: str, stdin: bytes | None = None):
@@ -36,7 +39,7 @@ def refused(*arguments: str, stdin: bytes | None = None, code: int = 2) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_by_example(command):
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Example" in result.stdout
     assert f"token-swarm {command}" in result.stdout
