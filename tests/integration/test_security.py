@@ -352,8 +352,8 @@ async def test_a_renewed_certificate_is_used_without_a_restart(tmp_path, pki, ca
 
 
 @asynccontextmanager
-async def distant_experts(folder: Path, access: Access) -> AsyncIterator[dict[str, str]]:
-    """The experts of `coordinator`, over TCP; address by name."""
+async def distant_experts(access: Access) -> AsyncIterator[dict[str, ExpertServer]]:
+    """The experts of `coordinator`, over TCP; what is put in the place of one is stopped in the end as well."""
     servers = {
         name: ExpertServer(expert, "127.0.0.1:0", access=access)
         for name, expert in toys([NESTED, LONG], max_context=200).items()
@@ -361,7 +361,7 @@ async def distant_experts(folder: Path, access: Access) -> AsyncIterator[dict[st
     try:
         for server in servers.values():
             await server.start()
-        yield {name: server.address for name, server in servers.items()}
+        yield servers
     finally:
         for server in servers.values():
             await server.stop()
@@ -370,7 +370,8 @@ async def distant_experts(folder: Path, access: Access) -> AsyncIterator[dict[st
 async def test_experts_are_reached_over_mutual_tls(tmp_path, pki, strangers, server):
     tls = ServerTls.model_validate({**server, "client_ca": pki.ca, "client_names": ["coordinator.example"]})
     right = pki.client("coordinator", "coordinator.example")
-    async with distant_experts(tmp_path, Access(tls)) as addresses:
+    async with distant_experts(Access(tls)) as servers:
+        addresses = {name: server.address for name, server in servers.items()}
         settings = load_settings(
             None,
             experts={name: {"address": address, "tls": right.model_dump()} for name, address in addresses.items()},
@@ -382,8 +383,15 @@ async def test_experts_are_reached_over_mutual_tls(tmp_path, pki, strangers, ser
         await coordinator.start()
         try:
             async with open_channel(coordinator.address) as channel:
-                text, _ = await collect(swarm_pb2_grpc.SwarmServiceStub(channel).Generate(REQUEST))
-                assert text == text_of_one_process()
+                stub: Any = swarm_pb2_grpc.SwarmServiceStub(channel)
+                assert (await collect(stub.Generate(REQUEST)))[0] == text_of_one_process()
+                # The way back to an expert that was away is the same.
+                await servers["e0"].stop()
+                again = toys([NESTED, LONG], max_context=200)["e0"]
+                servers["e0"] = ExpertServer(again, addresses["e0"], access=Access(tls))
+                await servers["e0"].start()
+                assert (await collect(stub.Generate(REQUEST)))[0] == text_of_one_process()
+                assert engine.links["e0"].restarts == 1
         finally:
             await coordinator.stop(0)
         address = addresses["e0"]
@@ -399,13 +407,14 @@ async def test_experts_are_reached_over_mutual_tls(tmp_path, pki, strangers, ser
                 await ExpertConnection.connect(address, "e0", cache=tmp_path, tls=wrong, wait_seconds=0.5)
 
 
-async def test_a_distant_expert_that_cannot_be_talked_to_is_named_with_the_reason(tmp_path, pki, server, monkeypatch):
+async def test_a_distant_expert_that_cannot_be_talked_to_is_named_with_the_reason(pki, server, monkeypatch):
     from rich.console import Console
 
     monkeypatch.setattr("token_swarm_server.launcher.CONNECT_SECONDS", 1.0)
     tls = ServerTls.model_validate({**server, "client_ca": pki.ca})
-    async with distant_experts(tmp_path, Access(tls)) as addresses:
-        settings = load_settings(None, experts={"e0": {"address": addresses["e0"], "tls": {"ca": str(pki.ca)}}})
+    async with distant_experts(Access(tls)) as servers:
+        expert = {"address": servers["e0"].address, "tls": {"ca": str(pki.ca)}}
+        settings = load_settings(None, experts={"e0": expert})
         with pytest.raises(LaunchError, match=r"experts.e0.address: no expert answers .*Socket closed"):
             async with launch(settings, {}, console=Console(quiet=True)):
                 pass
