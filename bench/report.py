@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from token_swarm_server.benchmark.facts import describe
+from token_swarm_server.benchmark.plan import ENSEMBLE
 from token_swarm_server.benchmark.tables import Table, breakdown_table, latency_table, load_table
 
 from bench import compare, costs
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "figures"
 CONFIG = "examples/demo.yaml"
+TABLES = ("ratios", "contestants", "latency", "breakdown", "load", "costs", "capacity")
 
 
 def programs(rounds: int) -> dict[str, list[str]]:
@@ -63,11 +65,13 @@ def sections(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Table]]
     """The tables of each report that there is."""
     found: dict[str, list[Table]] = {}
     if (latency := reports.get("latency")) is not None:
-        rows = [row for row in latency["rows"] if row["mixture"] == "ensemble"]
+        rows = [row for row in latency["rows"] if row["mixture"] == ENSEMBLE]
         parts = [table for row in rows if (table := breakdown_table(row)) is not None]
         found["latency"], found["breakdown"] = [latency_table(latency)], parts
     if (load := reports.get("load")) is not None:
         found["load"] = [load_table(load)]
+    if latency is not None and load is not None and (capacity := capacity_table(latency, load)) is not None:
+        found["capacity"] = [capacity]
     if (compared := reports.get("compare")) is not None:
         times, ratios = compare.tables(compared)
         found["ratios"], found["contestants"] = [ratios], [times]
@@ -76,7 +80,33 @@ def sections(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Table]]
     return found
 
 
-_SOURCE = {"breakdown": "latency", "ratios": "compare", "contestants": "compare"}
+def capacity_table(latency: Mapping[str, Any], load: Mapping[str, Any]) -> Table | None:
+    """What a thousand requests a second would take, from the breakdown and the best throughput; None without them."""
+    lanes = [row["breakdown"] for row in latency["rows"] if row["mixture"] == ENSEMBLE and row["breakdown"]]
+    rows = [row for row in load["rows"] if row["mixture"] == ENSEMBLE and row["concurrency"] is not None]
+    if not lanes or not rows:
+        return None
+    # The shortest prompt: the others add what reading a prompt costs.
+    found, best = lanes[0], max(rows, key=lambda row: row["output_bytes_throughput"])
+    own = 1000 * sum(found["shared_ms"][part] for part in _COORDINATOR) / found["bytes"]
+    travel = 1000 * sum(parts["transport"] for parts in found["experts_ms"].values()) / found["bytes"]
+    wanted = _REQUESTS * load["max_bytes"]
+    served = best["output_bytes_throughput"]
+    columns = ("figure", "coordinator's work", "all transport counted to it")
+    table = Table(f"Capacity: {_REQUESTS:,} requests a second of {load['max_bytes']} bytes", columns)
+    both = (own, own + travel)
+    table.rows += [
+        ("microseconds a byte, 1 stream", *(f"{value:,.0f}" for value in both)),
+        ("bytes/s of one coordinator core", *(f"{1e6 / value:,.0f}" for value in both)),
+        ("coordinator cores", *(f"{wanted * value / 1e6:,.0f}" for value in both)),
+        (f"machines like this one, at {served:,.0f} bytes/s ({best['load']})", *[f"{wanted / served:,.0f}"] * 2),
+    ]
+    return table
+
+
+_REQUESTS = 1000
+_COORDINATOR = ("mix", "prefix_mass", "walk", "scheduling", "send")
+_SOURCE = {"breakdown": "latency", "ratios": "compare", "contestants": "compare", "capacity": "load"}
 
 
 def write_tables(reports: Mapping[str, Mapping[str, Any]], document: Path) -> list[str]:
@@ -85,12 +115,11 @@ def write_tables(reports: Mapping[str, Mapping[str, Any]], document: Path) -> li
     Returns the names that were written. Raises SystemExit for a marker that names no section.
     """
     text, found, written = document.read_text(encoding="utf-8"), sections(reports), []
-    known = {"latency", "breakdown", "load", "ratios", "contestants", "costs"}
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        if name not in known:
-            raise SystemExit(f"error: {document}: table {name!r}: no such table; known: {', '.join(sorted(known))}")
+        if name not in TABLES:
+            raise SystemExit(f"error: {document}: table {name!r}: no such table; known: {', '.join(TABLES)}")
         if name not in found:
             return match[0]
         written.append(name)

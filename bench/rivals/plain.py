@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging
 
 from bench.rivals.child import answer_commands
 from token_swarm.experts.token_bytes import eos_ids_of, vocabulary_of
@@ -160,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", required=True, help="JSON: directory by name")
     options = parser.parse_args()
+    logging.disable_progress_bar()
     models = {name: Model(str(Path(path))) for name, path in json.loads(options.models).items()}
     weights = [1 / len(models)] * len(models)
     lockstep = {parallel: Lockstep(list(models.values()), weights, parallel=parallel) for parallel in (False, True)}

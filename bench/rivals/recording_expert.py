@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from token_swarm_server.expert_server import ExpertServer
+from transformers.utils import logging
 
 from bench.rivals.child import answer_commands
 from token_swarm.experts.contract import EncodedPrompt, Expert, ExpertSpec, ExpertStats, Extend, Op, Open, StepResult
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-sequences", type=int, default=32)
     options = parser.parse_args()
+    logging.disable_progress_bar()
     expert = RecordingExpert(
         TransformersExpert(options.name, options.model, threads=options.threads, max_sequences=options.max_sequences)
     )

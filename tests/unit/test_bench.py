@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,8 +195,23 @@ def test_tables_go_between_their_markers(tmp_path):
     document.write_text("<!-- table: nonsense --><!-- end -->")
     with pytest.raises(SystemExit, match="nonsense"):
         report.write_tables({}, document)
-    names = {"latency", "breakdown", "load", "ratios", "contestants", "costs"}
-    assert set(report.re.findall(r"<!-- table: (\w+) -->", report.DOCUMENT.read_text(encoding="utf-8"))) == names
+    markers = re.findall(r"<!-- table: (\w+) -->.*?<!-- end -->", report.DOCUMENT.read_text("utf-8"), re.DOTALL)
+    assert sorted(markers) == sorted(report.TABLES)
+
+
+def test_capacity_follows_from_the_breakdown_and_the_throughput():
+    broken = breakdown([sample(mix=0.021, walk=0.021)])
+    latency = {"rows": [{"mixture": "ensemble", "breakdown": broken}]}
+    load = {
+        "max_bytes": 100,
+        "rows": [{"mixture": "ensemble", "concurrency": 8, "output_bytes_throughput": 200.0, "load": "8 streams"}],
+    }
+    table = report.capacity_table(latency, load)
+    assert table is not None
+    # 42 ms of the coordinator for 21 bytes; 100 ms of transport.
+    assert [row[1] for row in table.rows] == ["2,000", "500", "200", "500"]
+    assert table.rows[0][2] == "6,762"
+    assert report.capacity_table(latency, {"max_bytes": 100, "rows": []}) is None
 
 
 def test_plots_are_drawn_from_what_there_is(tmp_path):

@@ -20,7 +20,7 @@ class Part(enum.Enum):
 
 
 class Stopwatch:
-    """Adds up seconds by part. Two clock reads for a stretch of text, under a millionth of what its forward takes."""
+    """Adds up seconds by part. It is read a few times a token, which takes some microseconds."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(Part, 0.0)
