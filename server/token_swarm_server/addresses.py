@@ -57,6 +57,8 @@ def stays_on_this_machine(target: str) -> bool:
 
     A name other than localhost does not count, whatever it resolves to.
     """
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
     try:
         return not parse_listen(target).public
     except ValueError:

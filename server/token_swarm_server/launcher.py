@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from token_swarm_server.addresses import stays_on_this_machine
 from token_swarm_server.channels import open_channel
 from token_swarm_server.settings import ClientTls, ExpertSettings, Settings
 from token_swarm_server.supervisor import ExpertProcess, RestartPolicy
@@ -81,6 +82,9 @@ async def launch(
     def report(line: str) -> None:
         console.print(line, markup=False, highlight=False)
 
+    for name, expert in settings.experts.items():
+        if expert.address is not None and expert.tls is None and not stays_on_this_machine(expert.address):
+            report(f"experts.{name}.address: prompts and logits travel to {expert.address} unencrypted; tls would help")
     try:
         endpoints = {
             name: expert.address or f"unix:{runtime}/{index}.sock"
