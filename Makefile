@@ -30,7 +30,7 @@ demo: $(STAMP) ## Write a text with two small models as one (fetches them the fi
 	$(BIN)/token-swarm demo
 
 test: lint types experts ## Lint, check types and protos, run every test with the real experts
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP) ## Lint code and protos
 	$(BIN)/ruff check .
