@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,10 @@ from transformers import (
 )
 
 from token_swarm.experts.transformers import TransformersExpert
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores.
+    torch.set_num_threads(1)
 
 EXPERTS = Path(__file__).parents[1] / ".cache" / "experts"
 
