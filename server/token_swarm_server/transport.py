@@ -123,7 +123,12 @@ class SegmentWriter(_Segment):
 
 
 class SegmentReader(_Segment):
-    """The coordinator's end."""
+    """The coordinator's end.
+
+    An expert that takes memory away from its file before it answers is found out; one that does so in the very moment
+    of the copy would end this process with SIGBUS. Whoever can do that runs as the same user: an expert that is not
+    trusted so far belongs on TCP, where logits travel inside messages.
+    """
 
     def __init__(self, directory: Path, offer: expert_pb2.Offer) -> None:
         """Map the offered file. Raises TransportError for a bad offer and OSError if it cannot be mapped."""
@@ -134,14 +139,14 @@ class SegmentReader(_Segment):
                 f"offer: {offer.slots} slots of {offer.slot_bytes} bytes; allowed are 1 to 16 slots of up to "
                 f"{MAX_MESSAGE_BYTES} bytes"
             )
-        size = offer.slots * self.stride(offer.slot_bytes)
+        self._size = offer.slots * self.stride(offer.slot_bytes)
         descriptor = os.open(
             directory / offer.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         )
         try:
             found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-                raise TransportError(f"offer: {offer.name} is not a file of {size} bytes")
+            if not stat.S_ISREG(found.st_mode) or found.st_size != self._size:
+                raise TransportError(f"offer: {offer.name} is not a file of {self._size} bytes")
             super().__init__(descriptor, offer.slots, offer.slot_bytes, writable=False)
         finally:
             os.close(descriptor)
@@ -152,6 +157,8 @@ class SegmentReader(_Segment):
             raise TransportError(f"slot: {slot} is not one of {self.slots}")
         if len(out) > self.slot_bytes:
             raise TransportError(f"slot: {len(out)} bytes of logits do not fit a slot of {self.slot_bytes}")
+        if self._map.size() != self._size:
+            raise TransportError(f"slot: the file of the segment no longer has its {self._size} bytes")
         header = self._headers[slot]
         self._check(header, step, slot, len(out))
         out[:] = self._payloads[slot, : len(out)]

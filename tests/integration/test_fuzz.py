@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -354,6 +355,20 @@ def test_slots_that_are_stale_torn_or_not_there(
     writer.unlink()
     writer.close()
     reader.close()
+
+
+def test_a_segment_that_lost_its_memory_is_an_error(tmp_path: Path) -> None:
+    """Found here: reading it ended the coordinator with SIGBUS."""
+    writer = transport.SegmentWriter(tmp_path, ROW_BYTES)
+    reader = transport.SegmentReader(
+        tmp_path, expert_pb2.Offer(name=writer.name, slots=writer.slots, slot_bytes=ROW_BYTES)
+    )
+    os.truncate(tmp_path / writer.name, 0)
+    reply = expert_pb2.StepReply(number=1, row_counts=[1], dtype="float64", width=ROW_BYTES // 8, slot=1)
+    with pytest.raises(TransportError, match="no longer has its"):
+        transport.take_logits(reply, 1, torch.float64, reader)
+    reader.close()
+    writer.close()
 
 
 @fuzz(250)
