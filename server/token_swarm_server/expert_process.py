@@ -63,10 +63,15 @@ def _load(name: str, model: str, settings: ExpertSettings) -> Expert:
     if settings.backend == "vllm":
         from token_swarm.experts.vllm import VllmExpert
 
-        return VllmExpert(name, model, engine=settings.engine, **options)
+        # A new process is what helps against a worker that died, and what the launcher makes of it.
+        return VllmExpert(name, model, engine=settings.engine, on_failure=_stop, **options)
     from token_swarm.experts.transformers import TransformersExpert
 
     return TransformersExpert(name, model, **options)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_when_input_ends() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,11 +51,12 @@ class VllmExpert:
         max_sequences: int = 16,
         max_context: int = 2048,
         engine: Mapping[str, Value] | None = None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         """Load `model`, a directory or hub id, and check that sessions equal plain requests.
 
         `engine`: vLLM's engine arguments, see `vllm_options`; the rest as for `TransformersExpert`, but that a
-        `max_context` beyond what the model knows is refused. Raises ExpertLoadError.
+        `max_context` beyond what the model knows is refused. `on_failure`: see `VllmEngine`. Raises ExpertLoadError.
         """
         options = engine or {}
         try:
@@ -83,6 +84,7 @@ class VllmExpert:
             max_sequences=max_sequences,
             max_context=max_context,
             options=options,
+            on_failure=on_failure,
         )
         try:
             self._spec = expert_spec(

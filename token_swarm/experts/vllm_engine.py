@@ -80,13 +80,17 @@ class VllmEngine:
         max_sequences: int,
         max_context: int,
         options: Mapping[str, Value],
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
-        """Load `model`. Raises ExpertLoadError, one line, for whatever vLLM refuses."""
+        """Load `model`. Raises ExpertLoadError, one line, for whatever vLLM refuses.
+
+        `on_failure` is called, from another thread, when a worker process of vLLM has died: nothing brings it back.
+        """
         version = check_installed()
         _set_environment(device, int(options.get("tensor_parallel_size", 1)))
         with _one_line(str(model), version, max_context, options):
             config = _configure(version, str(model), device, dtype, max_sequences, max_context, options)
-            self._core = _start(config)
+            self._core = _start(config, on_failure)
         self._scheduler = self._core.scheduler
         self.architecture: str = config.model_config.architectures[0]
         self.hf_config = config.model_config.hf_config
@@ -294,13 +298,13 @@ def _sequence_bytes(config: Any, max_context: int) -> int:
     return int(blocks * cache.block_size * values * model.dtype.itemsize)
 
 
-def _start(config: Any) -> Any:
+def _start(config: Any, on_failure: Callable[[], None] | None) -> Any:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import Executor
 
     try:
-        return EngineCore(config, Executor.get_class(config), log_stats=False)
+        return EngineCore(config, Executor.get_class(config), log_stats=False, executor_fail_callback=on_failure)
     except BaseException:
         # Else no other engine could start in this process.
         cleanup_dist_env_and_memory()
