@@ -236,11 +236,6 @@ class ExpertConnection:
                 f"expert {self.spec.name!r} sent token {max(tokens)} of {self.spec.vocabulary.width}"
             )
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the expert is gone or the connection closed."""
-        return self._lost.is_set()
-
     async def wait_lost(self) -> None:
         """Return once the expert is gone or the connection closed."""
         await self._lost.wait()

@@ -132,11 +132,6 @@ class ExpertLink:
         """Totals over the steps of the present connection."""
         return self._scheduler.counters
 
-    @property
-    def transport(self) -> int:
-        """How logits travel: a `expert_pb2.Transport`."""
-        return self._connection.transport
-
     def allocate_sequence(self) -> int:
         """A sequence id that was never used on this link."""
         return next(self._ids)
