@@ -67,6 +67,20 @@ def test_a_rollback_behind_the_sliding_window(expert: VllmExpert, name: str) -> 
     assert float((rows - expected).abs().max()) < 1e-3
 
 
+def test_a_failed_forward_closes_every_sequence(expert: VllmExpert, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    expert.step([Open(1, (5, 6, 7)), Open(2, (5, 6, 7, 8))])
+    with monkeypatch.context() as patch:
+        patch.setattr(expert._engine._core, "step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            expert.step([Extend(1, (9,)), laws.Close(1), Open(3, (5, 6))])
+    assert expert.stats().sequences == 0
+    assert expert._engine.free_blocks == expert._engine.total_blocks
+    laws.fork_is_independent(expert, np.random.default_rng(4), 1e-3)
+
+
 def test_what_the_expert_says_of_itself(expert: VllmExpert) -> None:
     expert.step([Open(1, (5, 6, 7)), Open(2, (5, 6, 7, 8))])
     stats = expert.stats()

@@ -27,6 +27,7 @@ from token_swarm.experts.transformers_loading import ExpertLoadError
         ({"max_sequences": 2}, r"^max_sequences: 2 is not allowed, at least 3 is needed$"),
         ({"dtype": "int4"}, r"^dtype: 'int4' is not one of auto, float32, bfloat16, float16$"),
         ({"device": "cuda:0"}, r"^device: 'cuda:0' is not available: this vLLM runs on cpu$"),
+        ({"device": "gpu1"}, r"^device: 'gpu1' is not one, such as cpu or cuda:0$"),
         ({"engine": {"max_model_len": 9}}, r"^engine.max_model_len: unknown; allowed: block_size"),
         ({"engine": {"quantization": "nonsense"}}, r"^model: .* cannot be run by vllm 0.32.*nonsense"),
         ({"engine": {"quantization": "awq"}}, r"^model: .* cannot be run by vllm 0.32.*awq"),

@@ -22,7 +22,7 @@ from token_swarm.experts.contract import (
 )
 from token_swarm.experts.ops import apply_lengths, refusal, row_count
 from token_swarm.experts.tokenizer_spec import expert_spec
-from token_swarm.experts.transformers_loading import ExpertLoadError, context_limit, dtype_of, load_tokenizer, source_of
+from token_swarm.experts.transformers_loading import ExpertLoadError, context_limit, load_tokenizer, source_of
 from token_swarm.experts.transformers_prompt import PromptEncoder
 from token_swarm.experts.vllm_check import CONTEXT, SEQUENCES, check_sessions
 from token_swarm.experts.vllm_engine import Chunk, VllmEngine, check_installed
@@ -80,7 +80,7 @@ class VllmExpert:
         self._engine = VllmEngine(
             source,
             device=device,
-            dtype=dtype_of(dtype, torch.device(device)),
+            dtype=dtype,
             max_sequences=max_sequences,
             max_context=max_context,
             options=options,
@@ -234,8 +234,7 @@ class VllmExpert:
             session.wanted.clear()
 
     def _release_all(self) -> None:
-        for session in {**dict.fromkeys(self._sessions.values()), **self._waiting}:
-            self._kv.release(session)
+        self._kv.release_all()
         self._sessions.clear()
         self._lengths.clear()
         self._waiting.clear()

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from token_swarm.experts.transformers_loading import ExpertLoadError
+from token_swarm.experts.transformers_loading import ExpertLoadError, dtype_of
 from token_swarm.experts.vllm_options import Value, engine_arguments
 
 SUPPORTED = "0.32"
@@ -69,14 +69,14 @@ def installed_version() -> str | None:
 
 
 class VllmEngine:
-    """One model in vLLM. Not thread-safe: one thread makes, uses and closes it."""
+    """One model in vLLM. Not for several threads at once."""
 
     def __init__(
         self,
         model: str | Path,
         *,
         device: str,
-        dtype: torch.dtype,
+        dtype: str,
         max_sequences: int,
         max_context: int,
         options: Mapping[str, Value],
@@ -87,13 +87,18 @@ class VllmEngine:
         `on_failure` is called, from another thread, when a worker process of vLLM has died: nothing brings it back.
         """
         version = check_installed()
-        _set_environment(device, int(options.get("tensor_parallel_size", 1)))
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise ExpertLoadError(f"device: {device!r} is not one, such as cpu or cuda:0") from error
+        _set_environment(place, int(options.get("tensor_parallel_size", 1)))
+        # Not before: on a GPU the question starts CUDA, which then sees every device for good.
+        number = dtype_of(dtype, place)
         with _one_line(str(model), version, max_context, options):
-            config = _configure(version, str(model), device, dtype, max_sequences, max_context, options)
+            config = _configure(version, str(model), place, number, max_sequences, max_context, options)
             self._core = _start(config, on_failure)
         self._scheduler = self._core.scheduler
         self.architecture: str = config.model_config.architectures[0]
-        self.hf_config = config.model_config.hf_config
         self.sliding_window: int | None = config.model_config.get_sliding_window()
         pool = self._scheduler.kv_cache_manager.block_pool
         # vLLM keeps one block for padding.
@@ -135,8 +140,8 @@ class VllmEngine:
 
     def run_plain(self, tokens: Sequence[int], first_row: int, place: Place) -> int:
         """A request as vLLM's users make it, without a session. Returns the token that vLLM takes greedily."""
-        sampled = self._add_and_drain(Chunk(self.new_request(), 0, tokens, first_row), place)
-        return sampled[0]
+        self._add(Chunk(self.new_request(), 0, tokens, first_row), resumable=False)
+        return self._drain(place)[0]
 
     @staticmethod
     def no_rows() -> dict[str, int]:
@@ -176,10 +181,6 @@ class VllmEngine:
         # A list of its own: vLLM goes on extending it.
         request = Request(chunk.request, list(chunk.tokens), params, None, resumable=resumable)
         self._core.add_request(request)
-
-    def _add_and_drain(self, chunk: Chunk, place: Place) -> list[int]:
-        self._add(chunk, resumable=False)
-        return self._drain(place)
 
     def _drain(self, place: Place) -> list[int]:
         """Step until nothing waits. Returns the tokens that vLLM sampled."""
@@ -223,7 +224,7 @@ def _extra_arguments(keep: int, first_row: int | None) -> dict[str, int]:
     return {KEEP: keep, FIRST_ROW: _NOWHERE if first_row is None else first_row}
 
 
-def _set_environment(device: str, workers: int) -> None:
+def _set_environment(device: torch.device, workers: int) -> None:
     """What vLLM takes from the environment alone; what the user has set there stays."""
     wanted = {
         # The engine's loop is ours.
@@ -235,9 +236,9 @@ def _set_environment(device: str, workers: int) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    if device.startswith("cuda:"):
-        first = int(device.removeprefix("cuda:"))
-        wanted["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + worker) for worker in range(workers))
+    if device.type == "cuda" and device.index is not None:
+        # Seen as the first device, it is also the one of a thread that has chosen none.
+        wanted["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.index + worker) for worker in range(workers))
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
@@ -245,7 +246,7 @@ def _set_environment(device: str, workers: int) -> None:
 def _configure(
     version: str,
     model: str,
-    device: str,
+    device: torch.device,
     dtype: torch.dtype,
     max_sequences: int,
     max_context: int,
@@ -257,8 +258,8 @@ def _configure(
     from token_swarm.experts.vllm_scheduler import RollbackScheduler
     from token_swarm.experts.vllm_worker import WORKER
 
-    if device.split(":")[0] != current_platform.device_type:
-        raise ExpertLoadError(f"device: {device!r} is not available: this vLLM runs on {current_platform.device_type}")
+    if device.type != current_platform.device_type:
+        raise ExpertLoadError(f"device: '{device}' is not available: this vLLM runs on {current_platform.device_type}")
     arguments: dict[str, Any] = {
         "enforce_eager": current_platform.is_cpu(),
         **engine_arguments(options),

@@ -102,6 +102,11 @@ class KvShare:
             self._pool.release([session.request])
         session.request, session.cached = None, 0
 
+    def release_all(self) -> None:
+        """Free the KV of every session, also of those that nobody knows any more."""
+        for session in list(self._holders):
+            self.release(session)
+
     def _missing(self, session: Session) -> int:
         held = 0 if session.request is None else self._pool.held_blocks(session.request)
         return max(0, self._pool.blocks_for(len(session.tokens)) - held)
