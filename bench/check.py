@@ -122,6 +122,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     baseline = {} if options.update else read_baseline(options.baseline)
+    if not (baseline or options.update):
+        print(f"error: {options.baseline}: there is no baseline; --update makes one", file=sys.stderr)
+        raise SystemExit(2)
     samples = asyncio.run(measure(options, baseline))
     medians = {name: statistics.median(values) for name, values in samples.items()}
     if options.update:

@@ -7,7 +7,7 @@ floor: the forwards that the ensemble ran in the same round, run again by the sa
 coordinator (bench/rivals/recording_expert.py). alone: one expert through the same server. bytes: one expert through the
 same server in the byte unit, marginal over tokenizations. generate: `model.generate`, one thread. lockstep: the
 ensemble of GaC and UniTE, one thread a model or both threads one model after the other. genlm: genlm-bytes on one
-expert, with all cores.
+expert, one thread or all, after a prompt of at most 24 bytes.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ TARGETS = {
     "genlm smollm2 / ensemble": ("at least", 5.0),
     "lockstep / ensemble": ("at least", 1.5),
 }
+GENLM_PROMPT = 24
+"""Bytes of its prompt at most."""
 LOCKSTEP = ("lockstep, a thread each", "lockstep, in turn")
 # What the coordinator has not told the experts yet when a client has its last byte: that the text's KV is free.
 _SETTLE_SECONDS = 0.3
@@ -141,9 +143,8 @@ async def rival_turn(
     for key, job in jobs.items():
         seconds, written = 0.0, 0
         for number in range(texts):
-            request = plan.request({}, seed + number)
-            max_bytes = job.get("max_bytes", plan.max_bytes)
-            answer = await asyncio.to_thread(child.call, **{**job, "prompt": request.prompt, "max_bytes": max_bytes})
+            prompt = plan.request({}, seed + number).prompt
+            answer = await asyncio.to_thread(child.call, **job, prompt=prompt, max_bytes=plan.max_bytes)
             if answer["rest"]:
                 seconds += answer["total"] - answer["first"]
                 written += answer["rest"]
@@ -166,6 +167,9 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
     experts, cores = list(models), len(os.sched_getaffinity(0))
     plan = Plan(options.prompt_bytes, options.max_bytes)
     rounds: list[Round] = []
+    # genlm-bytes gets one thread or all, whichever was faster in the round that warms up.
+    threads: dict[str, int] = {}
+    tried: dict[str, dict[int, float]] = {}
     weights = dict.fromkeys(experts, 1 / len(experts))
     with contextlib.ExitStack() as stack:
         rivals = dict(_rivals(options, models, cores, stack))
@@ -182,9 +186,13 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
                         jobs: dict[str, dict[str, Any]] = plain_jobs(experts, cores)
                         await rival_turn(child, found, plan, texts=options.texts, seed=seed, **jobs)
                     else:
-                        # It is slow: fewer bytes of fewer texts.
-                        job = {"threads": cores, "max_bytes": options.genlm_bytes}
-                        await rival_turn(child, found, plan, texts=1, seed=seed, **{name: job})
+                        # It is slow, also at reading: fewer bytes of one text, after a short prompt.
+                        short = Plan(min(GENLM_PROMPT, plan.prompt_bytes), options.genlm_bytes)
+                        ways = (1, cores) if name not in threads else (threads[name],)
+                        for count in ways:
+                            await rival_turn(child, found, short, texts=1, seed=seed, **{name: {"threads": count}})
+                            tried.setdefault(name, {})[count] = found.per_byte[name]
+                        threads[name] = min(tried[name], key=lambda count, name=name: tried[name][count])  # type: ignore[misc]
                 # The first round warms up.
                 if number:
                     rounds.append(found)
@@ -193,6 +201,7 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
         "prompt_bytes": plan.prompt_bytes,
         "max_bytes": plan.max_bytes,
         "texts": options.texts,
+        "genlm_threads": threads,
         "rounds": [{"per_byte": each.per_byte, "wall": each.wall} for each in rounds],
         **figures(rounds, experts, options.streams),
     }

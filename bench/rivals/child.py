@@ -25,7 +25,9 @@ class Child:
     def __init__(self, name: str, command: Sequence[str], *, threads: int) -> None:
         """threads: what OpenMP gets in the child."""
         self.name = name
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        # Threads that spin while they wait would take the cores from whoever else runs.
+        quiet = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

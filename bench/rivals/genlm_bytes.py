@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from child import answer_commands  # type: ignore[import-not-found]
 
 BEAM = 5
 PRUNE = 0.05
+_MAX_SECONDS = 60.0
+"""A text is cut here: a byte of a wide vocabulary can take a second."""
+_FEWEST = 4
 
 
 def main() -> None:
@@ -26,11 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="directory of a causal language model")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore")
     import torch
     from genlm.backend import load_model_by_name  # type: ignore[import-not-found]
     from genlm.bytes import AsyncTokenByteTrie, BeamParams, ByteBeamState  # type: ignore[import-not-found]
     from genlm.bytes.byte_lm.trie_state import LazyTrieState  # type: ignore[import-not-found]
     from genlm.bytes.trie import TrieMode  # type: ignore[import-not-found]
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
     settings = {"timeout": 0.0, "hf_opts": {"torch_dtype": torch.float32, "device_map": None}}
     model = load_model_by_name(options.model, backend="hf", llm_opts=settings)
@@ -52,7 +61,7 @@ def main() -> None:
         beam = ByteBeamState([state], BeamParams(K=BEAM, prune_threshold=PRUNE, eos_byte_strings=ends))
         beam = await beam.prefill(prompt.encode())
         times: list[float] = []
-        for _ in range(max_bytes):
+        while len(times) < max_bytes and (len(times) < _FEWEST or time.perf_counter() - started < _MAX_SECONDS):
             law = await beam.logp_next()
             byte = int(law.ps[:256].argmax())
             times.append(time.perf_counter())
