@@ -27,7 +27,8 @@ class Life:
     name: str
     process: psutil.Process
     since: float | None = None
-    memory: list[tuple[float, int]] = field(default_factory=list)
+    memory: list[tuple[float, int, int]] = field(default_factory=list)
+    """When, resident memory, and the part of it that belongs to no file."""
     descriptors: list[int] = field(default_factory=list)
 
     def look(self, now: float) -> None:
@@ -35,20 +36,22 @@ class Life:
         if self.since is None:
             return
         with self.process.oneshot():
-            self.memory.append((now, self.process.memory_info().rss))
+            found = self.process.memory_info()
+            self.memory.append((now, found.rss, found.rss - found.shared))
             self.descriptors.append(self.process.num_fds())
 
     def memory_growth(self, warm: float) -> float | None:
         """Share by which the memory grew after `warm` seconds of life; None if it lived less than twice as long.
 
-        Medians of the first and of the last tenth of the samples.
+        What belongs to no file, since pages of libraries come and go as the machine needs memory, over everything
+        resident before. Medians of the first and of the last tenth of the samples.
         """
         if self.since is None or not self.memory or self.memory[-1][0] < self.since + 2 * warm:
             return None
-        later = [size for at, size in self.memory if at >= self.since + warm]
+        later = [(all_of_it, own) for at, all_of_it, own in self.memory if at >= self.since + warm]
         tenth = max(1, len(later) // 10)
-        before, after = statistics.median(later[:tenth]), statistics.median(later[-tenth:])
-        return after / before - 1
+        grown = statistics.median(own for _, own in later[-tenth:]) - statistics.median(own for _, own in later[:tenth])
+        return grown / statistics.median(all_of_it for all_of_it, _ in later[:tenth])
 
 
 class Processes:
