@@ -19,9 +19,10 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,24 @@ async def rival_turn(
             found.per_byte[key] = 1000 * seconds / written
 
 
-def plain_jobs(experts: Sequence[str], cores: int) -> dict[str, dict[str, Any]]:
-    """What bench/rivals/plain.py is asked for."""
-    return {
+async def plain_turn(child: Child, plan: Plan, experts: Sequence[str], texts: int, found: Round, seed: int) -> None:
+    """What bench/rivals/plain.py can do."""
+    cores = len(os.sched_getaffinity(0))
+    jobs = {
         **{f"generate {name}": {"do": "generate", "model": name, "threads": 1} for name in experts},
         LOCKSTEP[0]: {"do": "lockstep", "parallel": True, "threads": 1},
         LOCKSTEP[1]: {"do": "lockstep", "parallel": False, "threads": cores},
     }
+    await rival_turn(child, found, plan, texts=texts, seed=seed, **jobs)
+
+
+async def genlm_turn(name: str, child: Child, plan: Plan, threads: dict[str, int], found: Round, seed: int) -> None:
+    """genlm-bytes with one thread or all, whichever was faster in its first turn; `threads` remembers."""
+    tried: dict[int, float] = {}
+    for count in [threads[name]] if name in threads else sorted({1, len(os.sched_getaffinity(0))}):
+        await rival_turn(child, found, plan, texts=1, seed=seed, **{name: {"threads": count}})
+        tried[count] = found.per_byte[name]
+    threads[name] = min(tried, key=tried.__getitem__)
 
 
 async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> dict[str, Any]:
@@ -166,13 +178,19 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
     models = {name: options.models / name for name in options.experts}
     experts, cores = list(models), len(os.sched_getaffinity(0))
     plan = Plan(options.prompt_bytes, options.max_bytes)
+    # It is slow, also at reading: fewer bytes of one text, after a short prompt.
+    short = Plan(min(GENLM_PROMPT, plan.prompt_bytes), options.genlm_bytes)
     rounds: list[Round] = []
-    # genlm-bytes gets one thread or all, whichever was faster in the round that warms up.
     threads: dict[str, int] = {}
-    tried: dict[str, dict[int, float]] = {}
     weights = dict.fromkeys(experts, 1 / len(experts))
     with contextlib.ExitStack() as stack:
         rivals = dict(_rivals(options, models, cores, stack))
+        turns: dict[str, Callable[[Round, int], Awaitable[None]]] = {
+            name: partial(plain_turn, child, plan, experts, options.texts)
+            if name == "plain"
+            else partial(genlm_turn, name, child, short, threads)
+            for name, child in rivals.items()
+        }
         async with Swarm.start(models, {"rule": "log-linear", "weights": weights}) as swarm:
             for number in range(options.rounds + 1):
                 found, seed = Round(), 1000 * number
@@ -181,18 +199,12 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
                     await swarm_turn(swarm, found, plan, experts, streams=streams, texts=texts, seed=seed)
                 if any(name.startswith("genlm") for name in rivals):
                     await byte_turn(swarm, found, plan, experts, texts=options.texts, seed=seed)
-                for name, child in rivals.items():
-                    if name == "plain":
-                        jobs: dict[str, dict[str, Any]] = plain_jobs(experts, cores)
-                        await rival_turn(child, found, plan, texts=options.texts, seed=seed, **jobs)
-                    else:
-                        # It is slow, also at reading: fewer bytes of one text, after a short prompt.
-                        short = Plan(min(GENLM_PROMPT, plan.prompt_bytes), options.genlm_bytes)
-                        ways = (1, cores) if name not in threads else (threads[name],)
-                        for count in ways:
-                            await rival_turn(child, found, short, texts=1, seed=seed, **{name: {"threads": count}})
-                            tried.setdefault(name, {})[count] = found.per_byte[name]
-                        threads[name] = min(tried[name], key=lambda count, name=name: tried[name][count])  # type: ignore[misc]
+                for name in list(rivals):
+                    try:
+                        await turns[name](found, seed)
+                    except ChildError as error:
+                        say(f"left out from here on: {error}")
+                        del rivals[name]
                 # The first round warms up.
                 if number:
                     rounds.append(found)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ class Lockstep:
 
     def __init__(self, models: list[Model], weights: list[float], *, parallel: bool) -> None:
         self._models, self._weights = models, weights
-        self._pool = ThreadPoolExecutor(len(models)) if parallel else None
+        # OpenMP keeps its number of threads for each thread that asks.
+        one = partial(torch.set_num_threads, 1)
+        self._pool = ThreadPoolExecutor(len(models), initializer=one) if parallel else None
         self.strings: list[bytes] = []
         numbers: dict[bytes, int] = {}
         for model in models:
