@@ -196,7 +196,7 @@ class ExpertConnection:
         """`Expert.encode` there. Raises BadParameter for a prompt that the expert cannot encode."""
         try:
             request = expert_pb2.EncodeRequest(prompt=prompt, chat=chat)
-            encoded = await self._stub.Encode(request)
+            encoded = await self._answer(self._stub.Encode(request))
         except (grpc.aio.AioRpcError, ValueError) as error:
             self._refuse_text("prompt", prompt, error)
         if not encoded.tokens:
@@ -207,16 +207,29 @@ class ExpertConnection:
     async def tokenize(self, text: str) -> tuple[int, ...]:
         """`Expert.tokenize` there. Raises BadParameter for a text that the expert cannot tokenize."""
         try:
-            tokens = (await self._stub.Tokenize(expert_pb2.TokenizeRequest(text=text))).tokens
+            tokens = (await self._answer(self._stub.Tokenize(expert_pb2.TokenizeRequest(text=text)))).tokens
         except (grpc.aio.AioRpcError, ValueError) as error:
             self._refuse_text("text", text, error)
         self._check_tokens(tokens)
         return tuple(tokens)
 
+    async def _answer(self, call: Any) -> Any:
+        """What a call with one answer gives. Raises ExpertUnavailable when the connection is closed meanwhile.
+
+        grpc cancels the call then; passed on, that would end the request of a client without any status.
+        """
+        try:
+            return await call
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise ExpertUnavailable(self.spec.name, "the connection is closed") from None
+
     async def stats(self) -> ExpertStats:
         """What the expert holds, over all of its callers. Raises ExpertUnavailable or TransportError."""
         try:
-            stats = await self._stub.GetStats(expert_pb2.GetStatsRequest(), timeout=_STATS_SECONDS)
+            stats = await self._answer(self._stub.GetStats(expert_pb2.GetStatsRequest(), timeout=_STATS_SECONDS))
         except grpc.aio.AioRpcError as error:
             _raise(self.spec.name, error)
         return ExpertStats(stats.sequences, stats.tokens, stats.capacity, dict(stats.engine))

@@ -5,15 +5,24 @@ SOAK_MINUTES changes how long the requests last; the half-hour on the demo exper
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from token_swarm_server.errors import ExpertUnavailable
+from token_swarm_server.expert_client import ExpertConnection
+from token_swarm_server.expert_server import ExpertServer
 
 from tests.conftest import save_small_llama, save_tiny_model
+from tests.laws.ensembles import NESTED
+from token_swarm.experts.toy import ToyExpert
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "1.5"))
 ROOT = Path(__file__).parents[2]
@@ -50,3 +59,31 @@ def test_streams_survive_and_nothing_is_left_behind(tmp_path: Path) -> None:
     # Every kind was sent, and no text was any other than undisturbed.
     assert {name.partition(":")[0] for name in ended} >= {"greedy", "cancel", "deadline", "wrong"}
     assert not any("different" in name or "broken" in name for name in ended)
+
+
+class Held(ToyExpert):
+    """Encodes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__("toy", NESTED)
+        self.entered, self.let_go = threading.Event(), threading.Event()
+
+    def encode(self, prompt: str, *, chat: bool = False) -> Any:
+        self.entered.set()
+        self.let_go.wait(20)
+        return super().encode(prompt, chat=chat)
+
+
+async def test_a_prompt_that_is_being_encoded_fails_when_the_connection_is_closed(tmp_path: Path) -> None:
+    """Found by a soak: grpc cancels the call, and the client's stream got neither a status nor another message."""
+    expert = Held()
+    server = ExpertServer(expert, f"unix:{tmp_path}/run/socket")
+    await server.start()
+    connection = await ExpertConnection.connect(server.address, "toy", cache=tmp_path)
+    encoding = asyncio.create_task(connection.encode("ab"))
+    await asyncio.to_thread(expert.entered.wait, 20)
+    await connection.close()
+    with pytest.raises(ExpertUnavailable, match="the connection is closed"):
+        await encoding
+    expert.let_go.set()
+    await server.stop()
