@@ -43,7 +43,7 @@ def test_streams_survive_and_nothing_is_left_behind(tmp_path: Path) -> None:
         "--prompts": "8",
         "--patience": "150",
         # In its first minute a process still takes memory for what it has not done before.
-        "--memory-growth": "0.15",
+        "--memory-growth": "0.3",
     }
     words = [word for flag in flags.items() for word in flag]
     done = subprocess.run(
