@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
-SEGMENTS = "token-swarm-*"
+SEGMENTS = "token-swarm-" + 32 * "[0-9a-f]"
 
 
 @dataclass
