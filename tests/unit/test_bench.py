@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from token_swarm_server.benchmark.client import Sample
-from token_swarm_server.benchmark.facts import describe, machine_facts
+from token_swarm_server.benchmark.facts import config_facts, describe, machine_facts
 from token_swarm_server.benchmark.latency import TOLERANCE, adds_up, breakdown
 from token_swarm_server.benchmark.load import Load, Stretch, compare, parse_bounds, summarise
 from token_swarm_server.benchmark.prompts import PASSAGE, prompt
 from token_swarm_server.benchmark.statistics import Spread, Summary
 from token_swarm_server.benchmark.tables import Table, breakdown_table, load_table
+from token_swarm_server.config import load_settings
 
 from bench import __main__ as entry
 from bench import check, report
@@ -145,6 +146,16 @@ def test_facts_name_machine_versions_and_revision():
     assert {"torch", "grpcio", "transformers"} <= set(facts["versions"])
     assert facts["versions"]["torch"] in describe(facts)
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_the_configuration_is_told_without_secrets():
+    settings = load_settings(
+        None, experts={"a": {"model": "demo:smollm2", "threads": 1}}, coordinator={"tokens": "/run/secret-tokens"}
+    )
+    told = config_facts(settings)
+    assert told["experts"]["a"]["threads"] == 1
+    assert told["coordinator"]["rule"] == "log-linear"
+    assert "secret" not in json.dumps(told)
 
 
 def a_round() -> Round:

@@ -95,7 +95,8 @@ def adds_up(found: Mapping[str, Any]) -> bool:
 
 
 def _lane(message: swarm_pb2.Breakdown, expert: str) -> dict[str, float]:
-    own = next(each for each in message.experts if each.expert == expert)
+    # One that a text went on without before it was asked has no entry.
+    own = next((each for each in message.experts if each.expert == expert), swarm_pb2.ExpertTime())
     return {"steps": own.steps, **{part: getattr(own, f"{part}_seconds") for part in EXPERT_PARTS}}
 
 
