@@ -597,7 +597,7 @@ class Finish(_message.Message):
     stop: _builtins.str
     """The stop string that was met. Absent: another reason."""
     bytes: _builtins.int
-    """Bytes of text streamed."""
+    """Bytes of the text. One that is no UTF-8 is streamed as U+FFFD."""
     seed: _builtins.int
     """Seed of the draw. Absent: nothing was drawn, the text is greedy."""
     certificate: _builtins.float
