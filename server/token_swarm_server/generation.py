@@ -259,7 +259,7 @@ class Generation:
             lost += fault.experts
         finally:
             self._watch.mixed(time.perf_counter() - started)
-        if lost:
+        if lost and not self._opened.finished:
             await self._without_or_again(lost)
 
     def _tell_parts(self, stopwatch: Stopwatch) -> None:
