@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 def _shown(value: object) -> str:
     """A value from outside in one line that it cannot make long."""
     shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
+    # A path is only of use as a whole.
+    return shown if len(shown) <= 200 else f"{shown[:160]}... ({len(shown)} characters)"
 
 
 class BadParameter(ValueError):
