@@ -21,7 +21,7 @@ from token_swarm_server.wire import TimedStepResult, check_ops, row_count
 SHORT = 16
 """Tokens of a submission that is never made to wait for a longer one: a decoding step of several heads."""
 _TURNS = 4
-ALONE = 8
+ALONE = 16
 """A step has room for so many chunks of prompt while there is nobody to hold up."""
 
 

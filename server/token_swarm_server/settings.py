@@ -27,7 +27,7 @@ DEFAULT_LISTEN = "127.0.0.1:50061"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-_CHUNK_ON_CPU = 32
+_CHUNK_ON_CPU = 8
 _CHUNK_ELSEWHERE = 512
 
 
@@ -127,7 +127,7 @@ class ExpertSettings(BaseModel):
     python: Path | None = None
     """Interpreter of another virtual environment that has token-swarm installed; default: this one."""
     prefill_chunk: Annotated[int, Field(ge=1)] | None = None
-    """Most prompt tokens that one step takes while other texts run: what bounds their stall. Default: 32 on a CPU,
+    """Most prompt tokens that one step takes while other texts run: what bounds their stall. Default: 8 on a CPU,
     512 elsewhere."""
     step_seconds: Annotated[float, Field(gt=0)] = 60.0
     """An expert that takes longer over one step counts as hung and is started again."""

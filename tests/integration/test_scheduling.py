@@ -112,8 +112,8 @@ async def test_prompts_take_turns(tmp_path: Path) -> None:
 
 async def test_a_prompt_alone_is_read_in_larger_pieces(tmp_path: Path) -> None:
     async with scheduled(tmp_path, chunk=20, crowded=lambda: False) as (expert, scheduler):
-        await scheduler.submit([Open(0, tokens(400))])
-        assert expert.fed == [20 * ALONE, 20 * ALONE, 80]
+        await scheduler.submit([Open(0, tokens(800))])
+        assert expert.fed == [20 * ALONE, 20 * ALONE, 800 - 40 * ALONE]
 
 
 async def test_a_cancelled_prompt_is_not_read_to_its_end(tmp_path: Path) -> None:
