@@ -36,27 +36,6 @@ class StepRunner(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Counters:
-    """Running totals over steps. Times in seconds.
-
-    `submissions`: how many submissions the steps were made of. `tokens`: given to sequences.
-    `seconds`: from sending a step to its answer. `compute_seconds`: of that, in the expert.
-    """
-
-    steps: int = 0
-    submissions: int = 0
-    tokens: int = 0
-    rows: int = 0
-    seconds: float = 0.0
-    compute_seconds: float = 0.0
-
-    @property
-    def batch_size(self) -> float:
-        """Mean number of submissions in a step."""
-        return self.submissions / self.steps if self.steps else 0.0
-
-
 @dataclass(eq=False, slots=True)
 class _Submission:
     """Operations of one text. `work`: what is left, with the index of the operation it belongs to; an operation with
@@ -159,7 +138,6 @@ class ExpertScheduler:
     ) -> None:
         """`ids`: where sequence ids come from. `step_seconds`: a step that takes longer means the expert hangs."""
         self.name = connection.spec.name
-        self.counters = Counters()
         self.at_fault = False
         """Whether the expert hung or answered what cannot be right: a new connection would not mend it."""
         self._connection = connection
@@ -307,7 +285,7 @@ class ExpertScheduler:
             self.at_fault = True
             raise ExpertUnavailable(self.name, f"no answer to a step within {self._step_seconds:g} s") from error
         ended = time.perf_counter()
-        self._count(batch, result, ended - started)
+        self._tell(batch, result, ended - started)
         clearing: list[Op] = []
         for at, (submission, index, op) in enumerate(batch):
             refusal = result.errors[at]
@@ -319,15 +297,7 @@ class ExpertScheduler:
         if clearing:
             self._enqueue(clearing, None)
 
-    def _count(self, batch: list[_Piece], result: TimedStepResult, seconds: float) -> None:
-        tokens = sum(len(op.tokens) for _, _, op in batch if isinstance(op, Open | Extend))
-        counters = self.counters
-        counters.steps += 1
-        counters.submissions += len(self._running)
-        counters.tokens += tokens
-        counters.rows += len(result.logits)
-        counters.seconds += seconds
-        counters.compute_seconds += result.seconds
+    def _tell(self, batch: list[_Piece], result: TimedStepResult, seconds: float) -> None:
         self._observer.step(
             Step(
                 expert=self.name,
@@ -335,7 +305,7 @@ class ExpertScheduler:
                 compute=result.seconds,
                 submissions=len(self._running),
                 batch=result.batch_size,
-                tokens=tokens,
+                tokens=sum(len(op.tokens) for _, _, op in batch if isinstance(op, Open | Extend)),
                 rows=len(result.logits),
                 logits_bytes=result.logits.nbytes,
                 inline=result.inline,

@@ -14,7 +14,7 @@ from typing import Protocol
 from token_swarm.decoding.forwards import Outcome
 from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Op
-from token_swarm_server.batching import Counters, ExpertScheduler
+from token_swarm_server.batching import ExpertScheduler
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.observer import Observer, Watch
@@ -126,11 +126,6 @@ class ExpertLink:
     def queued(self) -> int:
         """Submissions that wait for a step."""
         return self._scheduler.queued
-
-    @property
-    def counters(self) -> Counters:
-        """Totals over the steps of the present connection."""
-        return self._scheduler.counters
 
     def allocate_sequence(self) -> int:
         """A sequence id that was never used on this link."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from token_swarm_server.generation import Prompt
 from token_swarm_server.observer import Outcome, Watch
 from token_swarm_server.particle_store import ParticleStore
 from token_swarm_server.status import look, status_to_proto
-
-logger = logging.getLogger(__name__)
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from asyncio.subprocess import Process
 from collections import deque
@@ -13,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from token_swarm_server.expert_process import STOP_SECONDS
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from token_swarm_server.batching import ExpertScheduler
+from token_swarm_server.counts import Counts
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_server import SERVICE, SLOT_ROWS, ExpertServer
+from token_swarm_server.observer import Observer
 from token_swarm_server.wire import row_count
 
 from token_swarm.errors import BadParameter
@@ -296,9 +298,9 @@ async def test_a_step_with_too_many_rows_is_refused_on_both_ends(tmp_path):
 
 
 @asynccontextmanager
-async def scheduled(expert, tmp_path, prefer=expert_pb2.TRANSPORT_UNSPECIFIED):
+async def scheduled(expert, tmp_path, prefer=expert_pb2.TRANSPORT_UNSPECIFIED, observer=None):
     async with serving(expert, tmp_path) as server, connected(server, tmp_path, prefer) as connection:
-        scheduler = ExpertScheduler(connection)
+        scheduler = ExpertScheduler(connection, observer=observer)
         try:
             yield scheduler
         finally:
@@ -316,8 +318,8 @@ async def held_up(expert, scheduler):
 
 @every_transport
 async def test_what_arrives_during_a_step_shares_the_next_one(tmp_path, prefer):
-    expert = Watched()
-    async with scheduled(expert, tmp_path, prefer) as scheduler:
+    expert, counts = Watched(), Counts(["toy"])
+    async with scheduled(expert, tmp_path, prefer, Observer([counts])) as scheduler:
         first = await held_up(expert, scheduler)
         ids = [scheduler.allocate_sequence() for _ in range(8)]
         assert len(set(ids)) == 8
@@ -332,10 +334,10 @@ async def test_what_arrives_during_a_step_shares_the_next_one(tmp_path, prefer):
         assert [len(step) for step in expert.steps] == [1, 8]
         for sequence, (rows,) in zip(ids, results, strict=True):
             assert torch.equal(rows[0], expert.law((1 + sequence % 3,) * (1 + sequence)))
-        counters = scheduler.counters
-        assert (counters.steps, counters.submissions, counters.rows, counters.batch_size) == (2, 9, 9, 4.5)
-        assert counters.tokens == 1 + sum(1 + sequence for sequence in ids)
-        assert 0 < counters.compute_seconds <= counters.seconds
+        counted = counts.experts["toy"]
+        assert (counted.steps, counted.submissions, counted.rows, counted.submissions / counted.steps) == (2, 9, 9, 4.5)
+        assert counted.tokens == 1 + sum(1 + sequence for sequence in ids)
+        assert 0 < counted.compute.sum <= counted.seconds.sum
 
 
 async def test_an_unknown_sequence_is_an_error_of_its_own_operation(tmp_path):

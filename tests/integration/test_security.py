@@ -186,7 +186,7 @@ async def test_without_the_right_token_every_call_is_unauthenticated_in_one_and_
         assert set(answers.values()) == {(grpc.StatusCode.UNAUTHENTICATED, auth.TOKEN_NEEDED)}, answers
         # Nothing of them came further than the interceptor.
         assert running.engine.observer.counts.requests.received == 0
-        assert all(link.counters.steps == 0 for link in running.engine.links.values())
+        assert all(own.steps == 0 for own in running.engine.observer.counts.experts.values())
 
 
 async def test_with_the_right_token_the_text_is_the_same_as_ever(tmp_path, pki, server, tokens):
@@ -278,7 +278,7 @@ async def test_a_certificate_with_another_name_is_unauthenticated(tmp_path, pki,
         async with channel_to(running, common_name) as channel:
             call = swarm_pb2_grpc.SwarmServiceStub(channel).ListExperts(swarm_pb2.ListExpertsRequest())
             assert await status_of(call) == (grpc.StatusCode.UNAUTHENTICATED, auth.NAME_NEEDED)
-        assert all(link.counters.steps == 0 for link in running.engine.links.values())
+        assert all(own.steps == 0 for own in running.engine.observer.counts.experts.values())
         for names in (("carol.example",), ("x.example", "alice.example")):
             right = pki.client("right", *names)
             async with channel_to(running, right) as channel:
