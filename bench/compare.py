@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from token_swarm_server.benchmark.plan import ENSEMBLE, Plan
 from token_swarm_server.benchmark.statistics import Spread
 from token_swarm_server.benchmark.tables import Table
 from token_swarm_server.cli.client import connect
+from token_swarm_server.cores import available_cores
 
 from bench.common import DEMO_EXPERTS, print_facts, show, with_facts
 from bench.rivals.child import Child, ChildError
@@ -155,7 +155,7 @@ async def rival_turn(
 
 async def plain_turn(child: Child, plan: Plan, experts: Sequence[str], texts: int, found: Round, seed: int) -> None:
     """What bench/rivals/plain.py can do."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(available_cores())
     jobs = {
         **{f"generate {name}": {"do": "generate", "model": name, "threads": 1} for name in experts},
         LOCKSTEP[0]: {"do": "lockstep", "parallel": True, "threads": 1},
@@ -167,7 +167,7 @@ async def plain_turn(child: Child, plan: Plan, experts: Sequence[str], texts: in
 async def genlm_turn(name: str, child: Child, plan: Plan, threads: dict[str, int], found: Round, seed: int) -> None:
     """genlm-bytes with one thread or all, whichever was faster in its first turn; `threads` remembers."""
     tried: dict[int, float] = {}
-    for count in [threads[name]] if name in threads else sorted({1, len(os.sched_getaffinity(0))}):
+    for count in [threads[name]] if name in threads else sorted({1, len(available_cores())}):
         await rival_turn(child, found, plan, texts=1, seed=seed, **{name: {"threads": count}})
         tried[count] = found.per_byte[name]
     threads[name] = min(tried, key=tried.__getitem__)
@@ -176,7 +176,7 @@ async def genlm_turn(name: str, child: Child, plan: Plan, threads: dict[str, int
 async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> dict[str, Any]:
     """All rounds; figures and ratios for JSON."""
     models = {name: options.models / name for name in options.experts}
-    experts, cores = list(models), len(os.sched_getaffinity(0))
+    experts, cores = list(models), len(available_cores())
     plan = Plan(options.prompt_bytes, options.max_bytes)
     # It is slow, also at reading: fewer bytes of one text, after a short prompt.
     short = Plan(min(GENLM_PROMPT, plan.prompt_bytes), options.genlm_bytes)

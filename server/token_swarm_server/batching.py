@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,12 +15,12 @@ import torch
 from token_swarm.decoding.forwards import Outcome
 from token_swarm.experts.contract import Close, ExpertSpec, Extend, Op, Open, Rows
 from token_swarm_server.errors import ExpertUnavailable, TransportError
+from token_swarm_server.mixing_pool import turns
 from token_swarm_server.observer import Observer, Step, Watch
 from token_swarm_server.wire import TimedStepResult, check_ops, row_count
 
 SHORT = 16
 """Tokens of a submission that is never made to wait for a longer one: a decoding step of several heads."""
-_TURNS = 4
 ALONE = 16
 """A step has room for so many chunks of prompt while there is nobody to hold up."""
 
@@ -104,6 +104,10 @@ class _Submission:
         self.results.set_result([outcome for outcome in self.outcomes if outcome is not None])
 
 
+async def at_once() -> None:
+    """Nobody to wait for."""
+
+
 _Piece = tuple[_Submission, int, Op]
 """What a step has of a submission: an operation, or part of one, with its index."""
 
@@ -132,17 +136,20 @@ class ExpertScheduler:
         *,
         chunk: int = 512,
         crowded: Callable[[], bool] = lambda: True,
+        settle: Callable[[], Awaitable[None]] = at_once,
         step_seconds: float | None = None,
         ids: Iterable[int] | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """`ids`: where sequence ids come from. `step_seconds`: a step that takes longer means the expert hangs."""
+        """`settle`: returns when texts that were answered have asked again, as `MixingPool.settle`. `step_seconds`: a
+        step that takes longer means the expert hangs. `ids`: where sequence ids come from."""
         self.name = connection.spec.name
         self.at_fault = False
         """Whether the expert hung or answered what cannot be right: a new connection would not mend it."""
         self._connection = connection
         self._chunk = chunk
         self._crowded = crowded
+        self._settle = settle
         self._step_seconds = step_seconds
         self._observer = observer or Observer()
         self._ids = iter(itertools.count() if ids is None else ids)
@@ -222,13 +229,11 @@ class ExpertScheduler:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                while batch := self._take():
+                while batch := await self._next():
                     await self._step(batch)
                     if self._short or self._long:
-                        # Texts that were answered just now ask for their next forward within a few turns of the loop:
-                        # they belong into the step that would otherwise leave without them.
-                        for _ in range(_TURNS):
-                            await asyncio.sleep(0)
+                        # Texts that were answered just now belong into the step that would leave without them.
+                        await turns()
         except ExpertUnavailable as error:
             down = error
         except TransportError as error:
@@ -243,8 +248,9 @@ class ExpertScheduler:
             self._short.clear()
             self._long.clear()
 
-    def _take(self) -> list[_Piece]:
+    async def _next(self) -> list[_Piece]:
         """The next step; without what nobody waits for any more."""
+        await self._settle()
         self._running = []
         short, rows = self._fill(self._short, None, self._connection.max_rows)
         budget = self._chunk * (1 if self._crowded() else ALONE)

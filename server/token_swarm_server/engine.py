@@ -16,11 +16,16 @@ from token_swarm.errors import BadParameter
 from token_swarm.mixing.groups import Unit
 from token_swarm_server.admission import Admission
 from token_swarm_server.breakdown import ExpertTime, Parts
+from token_swarm_server.cores import available_cores
 from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState, Reviver
 from token_swarm_server.generation import Generation, Members, Prompt, score_text
+from token_swarm_server.mixing_pool import MixingPool
 from token_swarm_server.observability import Observability
 from token_swarm_server.observer import Outcome, Watch
 from token_swarm_server.settings import CoordinatorSettings, Settings
+
+_MOST_THREADS = 8
+"""By default. What is left of mixing beside the kernels holds the interpreter, one text at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,13 @@ class Engine:
         ensemble: Ensemble,
         limits: CoordinatorSettings,
         observer: Observability,
+        pool: MixingPool,
     ) -> None:
-        """Raises BadParameter for limits that the experts cannot keep."""
+        """`pool` is closed with the engine. Raises BadParameter for limits that the experts cannot keep."""
         self.ensemble = ensemble
         self.links = dict(links)
         self.observer = observer
+        self.pool = pool
         self.running = 0
         """Texts that hold KV."""
         self.changed: Callable[[], None] = lambda: None
@@ -87,6 +94,7 @@ class Engine:
         leaves no connection.
         """
         observer = observer or Observability(settings)
+        pool = MixingPool(settings.coordinator.mixing_threads or min(_MOST_THREADS, len(available_cores())))
         made: list[Engine] = []
 
         def crowded() -> bool:
@@ -100,7 +108,7 @@ class Engine:
         for name, address in endpoints.items():
             expert = settings.experts[name]
             options = LinkOptions(
-                settings.cache / "vocabularies", expert.chunk, expert.step_seconds, crowded, expert.tls
+                settings.cache / "vocabularies", expert.chunk, expert.step_seconds, crowded, pool.settle, expert.tls
             )
             connecting = ExpertLink.connect(
                 name,
@@ -116,13 +124,14 @@ class Engine:
             links = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
             specs = {name: link.spec for name, link in links.items()}
             ensemble = await asyncio.to_thread(Ensemble.of, specs, settings.cache / "tries")
-            made.append(cls(links, ensemble, settings.coordinator, observer))
+            made.append(cls(links, ensemble, settings.coordinator, observer, pool))
         except BaseException:
             for task in tasks.values():
                 task.cancel()
             for result in await asyncio.gather(*tasks.values(), return_exceptions=True):
                 if isinstance(result, ExpertLink):
                     await result.close()
+            pool.close()
             raise
         return made[0]
 
@@ -143,7 +152,7 @@ class Engine:
         self.admission.require_room(prompt.mixture.active.keys(), self._lanes, size)
         members = Members(self.links, prompt, self._wait_seconds, watch)
         text = Generation(
-            self.ensemble, members, request, allocate=self._allocate, lanes=self._lanes, watch=watch
+            self.ensemble, members, request, allocate=self._allocate, lanes=self._lanes, pool=self.pool, watch=watch
         )
         await text.open()
         opened = time.perf_counter()
@@ -192,7 +201,7 @@ class Engine:
             watch.planned(members.mixture.rule.value, Unit.BYTE.value, members.mixture.active)
             self.running += 1
             try:
-                return await score_text(self.ensemble, members, text, self._allocate)
+                return await score_text(self.ensemble, members, text, self._allocate, self.pool)
             finally:
                 self.running -= 1
 
@@ -200,6 +209,7 @@ class Engine:
         """Disconnect from every expert; running texts fail."""
         for link in self.links.values():
             await link.close()
+        self.pool.close()
 
     def _allocate(self, expert: str) -> int:
         return self.links[expert].allocate_sequence()

@@ -6,7 +6,7 @@ import asyncio
 import enum
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ from typing import Protocol
 from token_swarm.decoding.forwards import Outcome
 from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Op
-from token_swarm_server.batching import ExpertScheduler
+from token_swarm_server.batching import ExpertScheduler, at_once
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.observer import Observer, Watch
@@ -52,13 +52,14 @@ class LinkOptions:
     """How to reach an expert and what it is allowed.
 
     cache: directory for vocabularies. chunk: prompt tokens of a step while other texts run. step_seconds: after which
-    it counts as hung. crowded: whether more than one text runs. tls: None for a connection that is not encrypted.
+    it counts as hung. crowded, settle: as `ExpertScheduler` takes them. tls: None for no encryption.
     """
 
     cache: Path
     chunk: int
     step_seconds: float | None = None
     crowded: Callable[[], bool] = field(default=lambda: True)
+    settle: Callable[[], Awaitable[None]] = at_once
     tls: ClientTls | None = None
 
 
@@ -185,6 +186,7 @@ class ExpertLink:
             connection,
             chunk=self._options.chunk,
             crowded=self._options.crowded,
+            settle=self._options.settle,
             step_seconds=self._options.step_seconds,
             ids=self._ids,
             observer=self._observer,

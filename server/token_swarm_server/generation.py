@@ -24,6 +24,7 @@ from token_swarm.mixing.unit import MixingUnit
 from token_swarm.particle import Mixture
 from token_swarm_server.errors import ExpertUnavailable
 from token_swarm_server.expert_link import ExpertLink, LinkState
+from token_swarm_server.mixing_pool import MixingPool
 from token_swarm_server.observer import Watch
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ class Generation:
         *,
         allocate: Callable[[str], int],
         lanes: int,
+        pool: MixingPool,
         watch: Watch,
     ) -> None:
         self.members = members
@@ -178,11 +180,13 @@ class Generation:
         self._request = request
         self._allocate = allocate
         self._lanes = lanes
+        self._pool = pool
         self._watch = watch
         self._decoder: Decoder | None = None
         self._prompts: dict[str, EncodedPrompt] = {}
         self._round: Round | None = None
         self._faults = 0
+        self._took = 0.0
 
     @property
     def finish(self) -> Finish:
@@ -247,10 +251,10 @@ class Generation:
     async def _resume(self, round_: Round) -> None:
         """Give the decoder what came back, and see to the experts that were lost."""
         outcomes = await self.members.answers(round_)
-        started = time.perf_counter()
+        answered, self._took = time.perf_counter(), 0.0
         lost = [name for name in round_.futures if name not in outcomes]
         try:
-            self._opened.resume(outcomes)
+            await self._pool.mix(partial(self._mix, outcomes))
         except BadLogits as fault:
             self._faults += 1
             if self._faults > _MAX_FAULTS:
@@ -258,9 +262,18 @@ class Generation:
             self.members.blame(fault)
             lost += fault.experts
         finally:
-            self._watch.mixed(time.perf_counter() - started)
+            self._watch.mixed(self._took)
+            self._watch.parts.scheduling += time.perf_counter() - answered - self._took
         if lost and not self._opened.finished:
             await self._without_or_again(lost)
+
+    def _mix(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+        """What may run in a thread: nothing but the decoder is touched."""
+        started = time.perf_counter()
+        try:
+            self._opened.resume(outcomes)
+        finally:
+            self._took = time.perf_counter() - started
 
     def _tell_parts(self, stopwatch: Stopwatch) -> None:
         """Share out the coordinator's own time."""
@@ -304,7 +317,7 @@ class Generation:
 
 
 async def score_text(
-    ensemble: Ensemble, members: Members, text: str, allocate: Callable[[str], int]
+    ensemble: Ensemble, members: Members, text: str, allocate: Callable[[str], int], pool: MixingPool
 ) -> Score:
     """Log-probability of `text` under the experts of `members`. An expert that comes back is asked from the start.
 
@@ -323,9 +336,7 @@ async def score_text(
                 outcomes = await members.answers(members.ask(calls))
                 lost = [name for name in calls if name not in outcomes]
                 if not lost:
-                    scorer.resume(outcomes)
-                # Scoring computes for long between forwards: let the streams have their turn.
-                await asyncio.sleep(0)
+                    await pool.aside(partial(scorer.resume, outcomes))
         except BadLogits as fault:
             faults += 1
             if faults > _MAX_FAULTS:

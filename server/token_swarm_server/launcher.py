@@ -21,6 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from token_swarm_server.addresses import stays_on_this_machine
 from token_swarm_server.channels import open_channel
+from token_swarm_server.cores import available_cores
 from token_swarm_server.settings import ClientTls, ExpertSettings, Settings
 from token_swarm_server.supervisor import ExpertProcess, RestartPolicy
 from token_swarm_server.tls import client_credentials
@@ -110,23 +111,15 @@ async def launch(
         shutil.rmtree(runtime, ignore_errors=True)
 
 
-def _cores() -> list[int]:
-    return (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
-
-
 def _default_threads(experts: int) -> int:
-    return max(1, len(_cores()) // experts)
+    return max(1, len(available_cores()) // experts)
 
 
 def _share_cores(local: Mapping[str, ExpertSettings]) -> dict[str, set[int]]:
     """Cores of each expert, disjoint; empty when there are too few, or the system cannot pin."""
     needed = {name: expert.threads or _default_threads(len(local)) for name, expert in local.items()}
-    cores = iter(_cores())
-    if sum(needed.values()) > len(_cores()) or not hasattr(os, "sched_setaffinity"):
+    cores = iter(available_cores())
+    if sum(needed.values()) > len(available_cores()) or not hasattr(os, "sched_setaffinity"):
         return {}
     return {name: {next(cores) for _ in range(count)} for name, count in needed.items()}
 
@@ -232,6 +225,4 @@ def _exit_error(started: ExpertProcess) -> LaunchError:
         return LaunchError(lines[-1].removeprefix("error: "), bad_input=code == 2)
     how = f"was ended by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
     said = " | ".join(lines[-_LOG_LINES:]) or "nothing"
-    return LaunchError(
-        f"expert {started.name!r} {how} while starting; last in {started.log}: {said}", bad_input=False
-    )
+    return LaunchError(f"expert {started.name!r} {how} while starting; last in {started.log}: {said}", bad_input=False)

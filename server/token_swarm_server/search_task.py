@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from token_swarm.search.utilities import (
     local_generate,
 )
 from token_swarm.search.utility import Evaluator, Utility
+from token_swarm_server.cores import available_cores
 from token_swarm_server.search_remote import RemoteEnsemble
 from token_swarm_server.settings import ExpertSettings, Settings
 
@@ -123,7 +123,7 @@ class LocalExperts:
             self.models[name],
             device=given.device,
             dtype=given.dtype,
-            threads=given.threads or max(1, (os.cpu_count() or 1) // share),
+            threads=given.threads or max(1, len(available_cores()) // share),
             max_sequences=given.max_sequences,
             max_context=given.max_context,
         )

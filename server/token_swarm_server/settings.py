@@ -205,6 +205,8 @@ class CoordinatorSettings(BaseModel):
     epsilon: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_EPSILON
     window: Annotated[int, Field(ge=1)] | None = DEFAULT_WINDOW
     lanes_per_expert: Annotated[int, Field(ge=1)] = 2
+    mixing_threads: Annotated[int, Field(ge=1)] | None = None
+    """Texts that are mixed at the same time; default: one for each core that the coordinator may use, at most 8."""
     max_queue: Annotated[int, Field(ge=0)] = 64
     """Requests that may wait for KV; the next one is refused."""
     max_queue_bytes: Annotated[int, Field(ge=0)] = 16 * 2**20

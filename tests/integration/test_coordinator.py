@@ -22,6 +22,7 @@ from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState
 from token_swarm_server.expert_server import ExpertServer
 from token_swarm_server.generation import Prompt
+from token_swarm_server.mixing_pool import MixingPool
 from token_swarm_server.observer import Observer
 from token_swarm_server.settings import CoordinatorSettings
 
@@ -187,7 +188,7 @@ async def test_both_transports_give_the_same_text(tmp_path: Path) -> None:
                 name: ExpertLink(connection, running.servers[name].address, options)
                 for name, connection in connections.items()
             }
-            engine = Engine(links, running.engine.ensemble, CoordinatorSettings(), Observer())
+            engine = Engine(links, running.engine.ensemble, CoordinatorSettings(), Observer(), MixingPool(2))
             decode = DecodeRequest(seed=5, max_bytes=80)
             prompt = Prompt("ab", False, Mixture({"e0": 0.5, "e1": 0.5}))
             with engine.observer.request("generate") as watch:
@@ -346,9 +347,7 @@ async def test_experts_health_and_a_lost_expert(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             failing = swarm_pb2.ON_EXPERT_FAILURE_FAIL
             await collect(
-                running.stub.Generate(
-                    swarm_pb2.GenerateRequest(prompt="ab", max_bytes=5, on_expert_failure=failing)
-                )
+                running.stub.Generate(swarm_pb2.GenerateRequest(prompt="ab", max_bytes=5, on_expert_failure=failing))
             )
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "'e1'" in (caught.value.details() or "")

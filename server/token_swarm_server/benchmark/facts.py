@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from token_swarm.v1 import swarm_pb2
+from token_swarm_server.cores import available_cores
 from token_swarm_server.settings import Settings
 
 _PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy")
@@ -22,7 +23,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": len(available_cores()),
         "memory_gb": _memory_gb(),
         "vector_instructions": _vector_instructions(),
         "gpus": _gpus(),
@@ -80,10 +81,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from token_swarm_server.cli import options
+from token_swarm_server.cores import available_cores
 
 _PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy", "gguf", "accelerate")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -60,9 +60,8 @@ def _version(package: str) -> str:
 def _processor() -> dict[str, Any]:
     import torch
 
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cores": affinity,
+        "cores": len(available_cores()),
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "native bfloat16": bool(torch.cpu.get_capabilities().get("avx512_bf16", False)),
         "cuda devices": torch.cuda.device_count(),

@@ -1,0 +1,102 @@
+"""Where texts are mixed: one alone in the event loop, several at once in threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+_T = TypeVar("_T")
+_TURNS = 4
+
+
+async def turns() -> None:
+    """Let tasks whose futures are done get to their next submission."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
+
+
+class MixingPool:
+    """Runs what texts compute between two forwards. The C++ kernels let other threads run.
+
+    An expert answers a whole batch of texts at once, and is idle until they ask again: mixing them one after the other
+    would be a pause for all of them. A text that is alone is not handed to a thread, which would take longer to begin.
+    """
+
+    def __init__(self, threads: int) -> None:
+        """`threads`: texts that are mixed at the same time; with 1 no thread is made."""
+        self._threads = (
+            # What torch itself computes is small here: threads of threads would only get into each other's way.
+            ThreadPoolExecutor(threads, "mixing", initializer=torch.set_num_threads, initargs=(1,))
+            if threads > 1
+            else None
+        )
+        self._waiting: list[Callable[[], None]] = []
+        self._mixing: set[asyncio.Future[object]] = set()
+
+    async def mix(self, job: Callable[[], _T]) -> _T:
+        """What `job` returns or raises. A caller that is cancelled waits until the job has ended, for what it works on
+        must not be freed before."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[_T] = loop.create_future()
+        if not self._waiting:
+            # All texts that one step answered get here within one turn of the loop.
+            loop.call_soon(self._start)
+        self._waiting.append(partial(self._run, job, done))
+        self._mixing.add(done)  # type: ignore[arg-type]
+        done.add_done_callback(self._mixing.discard)
+        return await _finished(done)
+
+    async def aside(self, job: Callable[[], _T]) -> _T:
+        """As `mix`, for a job that takes long: it never runs in the event loop, and no expert waits for it."""
+        return await _finished(asyncio.get_running_loop().run_in_executor(self._threads, job))
+
+    async def settle(self) -> None:
+        """Return when the texts that are being mixed now have asked for their next forwards; at once if there are
+        none. Those that come meanwhile are not waited for: other experts answer at other times."""
+        if self._mixing:
+            await asyncio.wait(set(self._mixing))
+            await turns()
+
+    def close(self) -> None:
+        """Free the threads."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+
+    def _start(self) -> None:
+        """Begin all that is waiting."""
+        waiting, self._waiting = self._waiting, []
+        for run in waiting:
+            run()
+
+    def _run(self, job: Callable[[], _T], done: asyncio.Future[_T]) -> None:
+        if self._threads is None or len(self._mixing) == 1:
+            _take(done, job)
+        else:
+            running = asyncio.get_running_loop().run_in_executor(self._threads, job)
+            running.add_done_callback(lambda ended: _take(done, ended.result))
+
+
+def _take(done: asyncio.Future[_T], call: Callable[[], _T]) -> None:
+    try:
+        done.set_result(call())
+    except Exception as error:
+        done.set_exception(error)
+
+
+async def _finished(done: asyncio.Future[_T]) -> _T:
+    """The result, once it is there, even if the caller is cancelled before."""
+    cancelled: asyncio.CancelledError | None = None
+    while not done.done():
+        try:
+            await asyncio.wait([done])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        done.exception()
+        raise cancelled
+    return done.result()
