@@ -5,8 +5,10 @@ Every backend keeps its own KV, but all of them answer a bad operation alike: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import assert_never
+
+import torch
 
 from token_swarm.experts.contract import (
     Close,
@@ -18,6 +20,7 @@ from token_swarm.experts.contract import (
     OpError,
     OpErrorKind,
     Rows,
+    StepResult,
     Truncate,
 )
 
@@ -53,7 +56,7 @@ def refusal(op: Op, lengths: Mapping[int, int], spec: ExpertSpec) -> OpError | N
             assert_never(op)
 
 
-def apply_lengths(op: Op, lengths: dict[int, int]) -> None:
+def apply_lengths(op: Op, lengths: MutableMapping[int, int]) -> None:
     """Record in `lengths` what `op`, which was not refused, does to them."""
     match op:
         case Open(sequence, tokens):
@@ -68,6 +71,41 @@ def apply_lengths(op: Op, lengths: dict[int, int]) -> None:
             lengths.pop(sequence, None)
         case _:
             assert_never(op)
+
+
+def planned_step(
+    ops: Sequence[Op],
+    lengths: MutableMapping[int, int],
+    spec: ExpertSpec,
+    *,
+    plan: Callable[[Op, int, torch.Tensor], None],
+    flush: Callable[[torch.Tensor], None],
+    give_up: Callable[[], None],
+) -> StepResult:
+    """A step of a backend that queues operations and forwards them together, as `Expert.step`.
+
+    `plan(op, row, logits)` queues an operation whose first logit row is `row`, while `lengths` are those before it;
+    `flush(logits)` forwards what is queued and writes the rows. `give_up` follows an error of either.
+    """
+    logits = torch.empty(sum(map(row_count, ops)), spec.vocabulary.width, dtype=spec.dtype)
+    spans: list[tuple[int, int]] = []
+    errors: list[OpError | None] = []
+    row = 0
+    try:
+        for op in ops:
+            error = refusal(op, lengths, spec)
+            first = row
+            if error is None:
+                plan(op, first, logits)
+                apply_lengths(op, lengths)
+                row += row_count(op)
+            errors.append(error)
+            spans.append((first, row))
+        flush(logits)
+    except BaseException:
+        give_up()
+        raise
+    return StepResult(logits[:row], tuple(spans), tuple(errors))
 
 
 def row_count(op: Op) -> int:

@@ -18,11 +18,10 @@ from token_swarm.experts.contract import (
     Fork,
     Op,
     Open,
-    OpError,
     StepResult,
 )
 from token_swarm.experts.cpu_linear import pack_linears
-from token_swarm.experts.ops import apply_lengths, refusal, row_count
+from token_swarm.experts.ops import planned_step, row_count
 from token_swarm.experts.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
 from token_swarm.experts.slot_cache import SlotCache
 from token_swarm.experts.tokenizer_spec import expert_spec
@@ -112,27 +111,9 @@ class TransformersExpert:
 
     def step(self, ops: Sequence[Op]) -> StepResult:
         """See `Expert.step`. If a forward fails, every sequence is closed before the error is raised."""
-        # Made outside inference mode, so that whoever gets the rows may write to them.
-        bound = sum(row_count(op) for op in ops)
-        logits = torch.empty(bound, self._spec.vocabulary.width, dtype=self._spec.dtype)
-        spans: list[tuple[int, int]] = []
-        errors: list[OpError | None] = []
-        row = 0
-        try:
-            with torch.inference_mode():
-                for op in ops:
-                    error = refusal(op, self._lengths, self._spec)
-                    first = row
-                    if error is None:
-                        self._plan(op, first, logits)
-                        row += row_count(op)
-                    errors.append(error)
-                    spans.append((first, row))
-                self._flush(logits)
-        except BaseException:
-            self._release_all()
-            raise
-        return StepResult(logits[:row], tuple(spans), tuple(errors))
+        return planned_step(
+            ops, self._lengths, self._spec, plan=self._plan, flush=self._flush, give_up=self._release_all
+        )
 
     def stats(self) -> ExpertStats:
         """See `Expert.stats`."""
@@ -144,6 +125,7 @@ class TransformersExpert:
         self._release_all()
         self._model = None
 
+    @torch.inference_mode()
     def _plan(self, op: Op, row: int, logits: torch.Tensor) -> None:
         """Queue what `op` needs of a forward; run the queue first where `op` depends on it."""
         match op:
@@ -170,7 +152,6 @@ class TransformersExpert:
                     self._afterwards.append(lambda: self._cache.release(slot))
                 else:
                     self._cache.release(slot)
-        apply_lengths(op, self._lengths)
 
     def _take_slot(self, logits: torch.Tensor) -> int:
         if not self._cache.has_free_slot:
@@ -184,6 +165,7 @@ class TransformersExpert:
         end = len(waiting.tokens)
         waiting.wanted.extend((end - count + index, row + index) for index in range(count))
 
+    @torch.inference_mode()
     def _flush(self, logits: torch.Tensor) -> None:
         """Run the queued forwards, then what had to wait for them."""
         runs: list[Run] = []

@@ -16,11 +16,10 @@ from token_swarm.experts.contract import (
     Fork,
     Op,
     Open,
-    OpError,
     StepResult,
     Truncate,
 )
-from token_swarm.experts.ops import apply_lengths, refusal, row_count
+from token_swarm.experts.ops import planned_step, row_count
 from token_swarm.experts.tokenizer_spec import expert_spec
 from token_swarm.experts.transformers_loading import ExpertLoadError, context_limit, load_tokenizer, source_of
 from token_swarm.experts.transformers_prompt import PromptEncoder
@@ -125,24 +124,9 @@ class VllmExpert:
 
     def step(self, ops: Sequence[Op]) -> StepResult:
         """See `Expert.step`. If a forward fails, every sequence is closed before the error is raised."""
-        logits = torch.empty(sum(map(row_count, ops)), self._spec.vocabulary.width, dtype=self._spec.dtype)
-        spans: list[tuple[int, int]] = []
-        errors: list[OpError | None] = []
-        row = 0
-        try:
-            for op in ops:
-                error = refusal(op, self._lengths, self._spec)
-                first = row
-                if error is None:
-                    self._plan(op, first, logits)
-                    row += row_count(op)
-                errors.append(error)
-                spans.append((first, row))
-            self._flush(logits)
-        except BaseException:
-            self._release_all()
-            raise
-        return StepResult(logits[:row], tuple(spans), tuple(errors))
+        return planned_step(
+            ops, self._lengths, self._spec, plan=self._plan, flush=self._flush, give_up=self._release_all
+        )
 
     def stats(self) -> ExpertStats:
         """See `Expert.stats`. `tokens` are those whose KV is held, `capacity` is what the whole KV can hold.
@@ -181,7 +165,6 @@ class VllmExpert:
                 session.closed = True
                 if session not in self._waiting:
                     self._kv.release(session)
-        apply_lengths(op, self._lengths)
 
     def _wait(self, op: Open | Extend, row: int) -> None:
         session = self._sessions[op.sequence]
