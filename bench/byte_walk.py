@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from token_swarm_server.benchmark.tables import Table
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from bench.common import print_facts, print_json
+from bench.common import give
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec
 from token_swarm.experts.token_bytes import eos_ids_of, vocabulary_of
 from token_swarm.kernels.byte_walk import Status, walk_together
@@ -139,12 +140,10 @@ def main() -> None:
             figures["Python"].append(1e6 * seconds / count)
         medians = {name: float(np.median(own)) for name, own in figures.items()}
         rows.append({"rule": rule.value, "bytes": count, "forwards": forwards, "us_per_byte": medians})
-    if options.json:
-        print_json("byte_walk", {"rows": rows})
-        return
-    print_facts()
+    table = Table("Microseconds per byte and text", ("rule", "bytes", *figures))
     for row in rows:
-        print(row)
+        table.rows.append((row["rule"], str(row["bytes"]), *(f"{us:.1f}" for us in row["us_per_byte"].values())))
+    give("byte_walk", {"rows": rows}, [table], as_json=options.json)
 
 
 if __name__ == "__main__":

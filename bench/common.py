@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from token_swarm_server.benchmark.facts import describe, machine_facts
+from token_swarm_server.benchmark.tables import Table
 
 RESULTS = Path(__file__).parent / "results"
 """Where `python -m bench report` keeps what it measured."""
@@ -27,6 +29,16 @@ def print_json(benchmark: str, figures: Mapping[str, Any]) -> None:
 def print_facts() -> None:
     """The line that stands above a table for people."""
     print(describe(machine_facts()), flush=True)
+
+
+def give(benchmark: str, figures: Mapping[str, Any], tables: Iterable[Table], *, as_json: bool) -> None:
+    """What was measured, on standard output: for machines, or as tables for people."""
+    if as_json:
+        print_json(benchmark, figures)
+        return
+    print_facts()
+    for table in tables:
+        Console().print(table.rich())
 
 
 def show(spread: Mapping[str, float]) -> str:

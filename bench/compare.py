@@ -35,7 +35,7 @@ from token_swarm_server.benchmark.tables import Table
 from token_swarm_server.cli.client import connect
 from token_swarm_server.cores import available_cores
 
-from bench.common import DEMO_EXPERTS, print_facts, show, with_facts
+from bench.common import DEMO_EXPERTS, give, show
 from bench.rivals.child import Child, ChildError
 from token_swarm.v1 import swarm_pb2
 
@@ -326,13 +326,8 @@ def main() -> None:
     """Measure and print."""
     options = arguments().parse_args()
     console = Console(stderr=True)
-    report = with_facts("compare", asyncio.run(compare(options, lambda text: console.print(text, highlight=False))))
-    if options.json:
-        print(json.dumps(report))
-        return
-    print_facts()
-    for table in tables(report):
-        Console().print(table.rich())
+    found = asyncio.run(compare(options, lambda text: console.print(text, highlight=False)))
+    give("compare", found, tables(found), as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from token_swarm_server.benchmark.load import Load, Stretch, run_load
 from token_swarm_server.benchmark.own_server import own_server
 from token_swarm_server.benchmark.plan import Plan
@@ -27,7 +25,7 @@ from token_swarm_server.benchmark.tables import Table
 from token_swarm_server.cli.client import connect
 
 from bench import transport
-from bench.common import DEMO_EXPERTS, print_facts, show, with_facts
+from bench.common import DEMO_EXPERTS, give, show
 from bench.kernels import interleaved
 from token_swarm.kernels import dispatch
 from token_swarm.particle import Rule
@@ -158,13 +156,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report = with_facts("costs", asyncio.run(measure(options)))
-    if options.json:
-        print(json.dumps(report))
-        return
-    print_facts()
-    for table in tables(report):
-        Console().print(table.rich())
+    found = asyncio.run(measure(options))
+    give("costs", found, tables(found), as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from token_swarm_server.benchmark.tables import Table
 from transformers import AutoModelForCausalLM
 
-from bench.common import print_facts, print_json
+from bench.common import give
 from token_swarm.experts.contract import Close, Extend, Fork, Open, Rows
 from token_swarm.experts.transformers import TransformersExpert
 
@@ -102,12 +103,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     figures = measure(options.model, threads=options.threads, rounds=options.rounds, tokens=options.tokens)
-    if options.json:
-        print_json("expert_step", {"model": options.model, "threads": options.threads, "figures": figures})
-        return
-    print_facts()
-    for name, value in figures.items():
-        print(f"{name:28} {value:8.2f}")
+    table = Table("A step of the transformers expert and of plain transformers", ("what", "ms, or a ratio"))
+    table.rows += [(name, f"{value:.2f}") for name, value in figures.items()]
+    given = {"model": options.model, "threads": options.threads, "figures": figures}
+    give("expert_step", given, [table], as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ server: counts, request log, and traces to an exporter that throws them away.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import time
@@ -16,11 +15,14 @@ from collections.abc import Sequence
 
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from token_swarm_server.benchmark.tables import Table
 from token_swarm_server.counts import Counts
 from token_swarm_server.logs import JsonFormatter, RequestLog
 from token_swarm_server.metrics import SwarmCollector
 from token_swarm_server.observer import Observer, Outcome, Step
 from token_swarm_server.tracing import TraceSink
+
+from bench.common import give
 
 BYTES_PER_TOKEN = 4
 
@@ -84,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0] if __doc__ else None)
     parser.add_argument("--bytes", type=int, default=200, help="length of a text")
     parser.add_argument("--texts", type=int, default=200)
-    parser.add_argument("--byte-ms", type=float, default=25.6, help="what a byte takes, to compare with")
+    parser.add_argument("--byte-ms", type=float, default=16.4, help="what a byte takes, to compare with")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     log = logging.getLogger("token_swarm_server.requests")
@@ -103,12 +105,14 @@ def main() -> None:
     }
     traces.close()
     scrape = scrape_milliseconds(counts, 50)
-    if options.json:
-        print(json.dumps({"microseconds_per_byte": results, "scrape_milliseconds": scrape}))
-        return
-    for name, cost in results.items():
-        print(f"{name:24} {cost:6.2f} us per byte, {cost / options.byte_ms / 10:.4f}% of {options.byte_ms:g} ms")
-    print(f"one page of metrics      {scrape:6.2f} ms")
+    table = Table(
+        "What being watched costs a text",
+        ("who listens", "us per byte", f"% of {options.byte_ms:g} ms"),
+        [(name, f"{cost:.2f}", f"{cost / options.byte_ms / 10:.4f}") for name, cost in results.items()],
+        f"One page of metrics takes {scrape:.2f} ms.",
+    )
+    figures = {"microseconds_per_byte": results, "scrape_milliseconds": scrape}
+    give("observer", figures, [table], as_json=options.json)
 
 
 if __name__ == "__main__":

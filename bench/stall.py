@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from token_swarm_server.benchmark.client import Failure, Sample, measure
 from token_swarm_server.benchmark.own_server import own_server
 from token_swarm_server.benchmark.prompts import prompt
@@ -23,7 +22,7 @@ from token_swarm_server.cli.client import connect
 from token_swarm_server.config import load_settings
 from token_swarm_server.settings import ENV_PREFIX
 
-from bench.common import print_facts, print_json
+from bench.common import give
 from token_swarm.v1 import swarm_pb2
 
 GREEDY = swarm_pb2.Sampling(temperature=0)
@@ -98,10 +97,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = asyncio.run(serve(options))
-    if options.json:
-        print_json("stall", {"rows": rows})
-        return
-    print_facts()
     table = Table(
         "Gaps between two pieces of text, ms",
         ("chunk", "beside it", *(f"p{p}" for p in PERCENTILES), "worst / median", "first byte of the long prompt"),
@@ -112,7 +107,7 @@ def main() -> None:
         beside = [f"{row['crowded_ms'][p]:.0f}" for p in PERCENTILES]
         reading = f"{row['long_prompt_first_byte_seconds']:.1f} s"
         table.rows.append((shown, "long prompt", *beside, f"{row['worst_over_median']:.1f}", reading))
-    Console().print(table.rich())
+    give("stall", {"rows": rows}, [table], as_json=options.json)
 
 
 if __name__ == "__main__":

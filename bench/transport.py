@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from token_swarm_server.benchmark.tables import Table
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_server import serve
 
-from bench.common import print_facts, print_json
+from bench.common import give
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Extend, Op, Open, Rows, StepResult
 from token_swarm.v1 import expert_pb2
 from token_swarm.vocabulary import Vocabulary
@@ -120,14 +121,13 @@ def main() -> None:
         asyncio.run(serve(instant, options.expert, on_ready=lambda address: print(address, flush=True)))
     else:
         found = asyncio.run(run(options.width, options.rows, options.steps))
-        if options.json:
-            print_json("transport", {"steps": options.steps, "rows": found})
-            return
-        print_facts()
-        print(f"steps of {options.rows} x {options.width} float32 logits; {options.steps} steps per transport")
-        print(f"{'transport':<15}{'median us':>12}{'p90 us':>12}{'MB/s':>12}")
+        table = Table(
+            f"Steps of {options.rows} x {options.width} float32 logits, {options.steps} of each transport",
+            ("transport", "median us", "p90 us", "MB/s"),
+        )
         for row in found:
-            print("{transport:<15}{median_us:>12.0f}{p90_us:>12.0f}{mb_per_s:>12.0f}".format(**row))
+            table.rows.append((row["transport"], *(f"{row[key]:,.0f}" for key in ("median_us", "p90_us", "mb_per_s"))))
+        give("transport", {"steps": options.steps, "rows": found}, [table], as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ over the rounds, every ratio the median of the rounds' ratios.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 
+from token_swarm_server.benchmark.tables import Table
+
+from bench.common import give
 from token_swarm.experts.contract import Close, Extend, Fork, Open, Rows
 from token_swarm.experts.vllm import VllmExpert
 from token_swarm.experts.vllm_options import check_options, parse_options
@@ -121,11 +123,10 @@ def main() -> None:
         figures = measure(expert, rounds=options.rounds, tokens=options.tokens)
     finally:
         expert.close()
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:28} {value:8.2f}")
+    table = Table("A step of the vLLM expert and of plain vLLM", ("what", "ms, or a ratio"))
+    table.rows += [(name, f"{value:.2f}") for name, value in figures.items()]
+    given = {"model": options.model, "threads": options.threads, "engine": engine, "figures": figures}
+    give("vllm_step", given, [table], as_json=options.json)
 
 
 if __name__ == "__main__":
