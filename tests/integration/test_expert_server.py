@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import socket
-import sys
-import threading
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -18,87 +12,24 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from token_swarm_server.batching import ExpertScheduler
-from token_swarm_server.counts import Counts
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_server import SERVICE, SLOT_ROWS, ExpertServer
-from token_swarm_server.observer import Observer
-from token_swarm_server.wire import row_count
 
+from tests.integration.expert_serving import (
+    SHM,
+    VOCABULARY,
+    Watched,
+    connected,
+    eventually,
+    every_transport,
+    serving,
+    toy,
+)
 from token_swarm.errors import BadParameter
 from token_swarm.experts import laws
 from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows
-from token_swarm.experts.toy import ToyExpert
 from token_swarm.v1 import expert_pb2, expert_pb2_grpc
-from token_swarm.vocabulary import Vocabulary
-
-VOCABULARY = Vocabulary((None, b"a", b"b", b"c", b"ab", b"ab", b"abc", b"abca", b"ca", None), eos_ids=(0,))
-SHM = Path("/dev/shm")
-TRANSPORTS = {"inline": expert_pb2.TRANSPORT_INLINE, "shared memory": expert_pb2.TRANSPORT_SHARED_MEMORY}
-every_transport = pytest.mark.parametrize("prefer", TRANSPORTS.values(), ids=TRANSPORTS.keys())
-torch.set_num_threads(1)
-
-
-def toy():
-    return ToyExpert("toy", VOCABULARY, seed=3, max_sequences=5, max_context=50)
-
-
-class Watched(ToyExpert):
-    """Shows what it holds and was asked; `gate` holds steps up and `broken` makes one fail."""
-
-    def __init__(self, **options):
-        super().__init__("toy", VOCABULARY, max_sequences=64, **options)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Event()
-        self.steps = []
-        self.broken = False
-        self.closed = False
-
-    @property
-    def held(self):
-        return set(self._held)
-
-    def step(self, ops):
-        self.entered.set()
-        self.gate.wait(10)
-        self.steps.append(list(ops))
-        if self.broken:
-            self.broken = False
-            raise RuntimeError("a secret of the model")
-        return super().step(ops)
-
-    def close(self):
-        self.closed = True
-        super().close()
-
-
-@asynccontextmanager
-async def serving(expert, tmp_path, **options):
-    server = ExpertServer(expert, f"unix:{tmp_path}/run/expert", **options)
-    await server.start()
-    try:
-        yield server
-    finally:
-        await server.stop()
-
-
-@asynccontextmanager
-async def connected(server, tmp_path, prefer=expert_pb2.TRANSPORT_UNSPECIFIED):
-    connection = await ExpertConnection.connect(
-        server.address, "toy", cache=tmp_path / "cache", prefer=prefer, wait_seconds=10
-    )
-    try:
-        yield connection
-    finally:
-        await connection.close()
-
-
-async def eventually(condition):
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 class Remote:
@@ -294,134 +225,7 @@ async def test_a_step_with_too_many_rows_is_refused_on_both_ends(tmp_path):
             await connection.step([Open(0, tokens, Rows.ALL)])
 
 
-# The scheduler
-
-
-@asynccontextmanager
-async def scheduled(expert, tmp_path, prefer=expert_pb2.TRANSPORT_UNSPECIFIED, observer=None):
-    async with serving(expert, tmp_path) as server, connected(server, tmp_path, prefer) as connection:
-        scheduler = ExpertScheduler(connection, observer=observer)
-        try:
-            yield scheduler
-        finally:
-            await scheduler.close()
-
-
-async def held_up(expert, scheduler):
-    """A submission whose step waits at the gate."""
-    expert.gate.clear()
-    expert.entered.clear()
-    first = asyncio.ensure_future(scheduler.submit([Open(scheduler.allocate_sequence(), (1,))]))
-    await asyncio.to_thread(expert.entered.wait, 10)
-    return first
-
-
-@every_transport
-async def test_what_arrives_during_a_step_shares_the_next_one(tmp_path, prefer):
-    expert, counts = Watched(), Counts(["toy"])
-    async with scheduled(expert, tmp_path, prefer, Observer([counts])) as scheduler:
-        first = await held_up(expert, scheduler)
-        ids = [scheduler.allocate_sequence() for _ in range(8)]
-        assert len(set(ids)) == 8
-        later = [
-            asyncio.ensure_future(scheduler.submit([Open(sequence, (1 + sequence % 3,) * (1 + sequence))]))
-            for sequence in ids
-        ]
-        await eventually(lambda: scheduler.queued == 8)
-        expert.gate.set()
-        await first
-        results = await asyncio.gather(*later)
-        assert [len(step) for step in expert.steps] == [1, 8]
-        for sequence, (rows,) in zip(ids, results, strict=True):
-            assert torch.equal(rows[0], expert.law((1 + sequence % 3,) * (1 + sequence)))
-        counted = counts.experts["toy"]
-        assert (counted.steps, counted.submissions, counted.rows, counted.submissions / counted.steps) == (2, 9, 9, 4.5)
-        assert counted.tokens == 1 + sum(1 + sequence for sequence in ids)
-        assert 0 < counted.compute.sum <= counted.seconds.sum
-
-
-async def test_an_unknown_sequence_is_an_error_of_its_own_operation(tmp_path):
-    async with scheduled(Watched(), tmp_path) as scheduler:
-        sequence = scheduler.allocate_sequence()
-        opened, lost, extended = await scheduler.submit(
-            [Open(sequence, (1, 2), Rows.ALL), Extend(99, (1,)), Extend(sequence, (3,), Rows.NONE)]
-        )
-        assert opened.shape == (2, VOCABULARY.width)
-        assert lost.kind is OpErrorKind.UNKNOWN_SEQUENCE
-        assert extended.shape == (0, VOCABULARY.width)
-
-
-async def test_a_cancelled_caller_leaves_what_was_sent_and_drops_what_was_not(tmp_path):
-    expert = Watched()
-    async with scheduled(expert, tmp_path) as scheduler:
-        sent = await held_up(expert, scheduler)
-        waiting = asyncio.ensure_future(scheduler.submit([Open(40, (1,))]))
-        await eventually(lambda: scheduler.queued == 1)
-        for task in (sent, waiting):
-            task.cancel()
-        await asyncio.wait([sent, waiting])
-        expert.gate.set()
-        await scheduler.submit([Open(41, (1,))])
-        assert expert.held == {0, 41}
-        scheduler.release([0, 41])
-        await eventually(lambda: not expert.held)
-
-
-async def test_batches_keep_to_the_rows_of_a_step(tmp_path):
-    expert = Watched()
-    async with serving(expert, tmp_path) as server, connected(server, tmp_path) as connection:
-        connection.max_rows = 4
-        scheduler = ExpertScheduler(connection)
-        first = await held_up(expert, scheduler)
-        later = [asyncio.ensure_future(scheduler.submit([Open(9 + n, (1,) * 3, Rows.ALL)])) for n in range(3)]
-        await eventually(lambda: scheduler.queued == 3)
-        expert.gate.set()
-        _, *results = await asyncio.gather(first, *later)
-        assert [sum(map(row_count, step)) for step in expert.steps] == [1, 4, 4, 1]
-        for (rows,) in results:
-            assert torch.equal(rows, torch.stack([expert.law((1,) * length) for length in (1, 2, 3)]))
-        with pytest.raises(BadParameter, match="at most 4 rows"):
-            await scheduler.submit([Open(20, (1,) * 5, Rows.ALL)])
-        await scheduler.close()
-
-
-async def test_two_schedulers_of_one_expert_may_share_a_step(tmp_path):
-    expert = Watched()
-    async with (
-        serving(expert, tmp_path) as server,
-        connected(server, tmp_path) as one,
-        connected(server, tmp_path) as two,
-        connected(server, tmp_path) as three,
-    ):
-        expert.gate.clear()
-        expert.entered.clear()
-        first = asyncio.create_task(one.step([Open(0, (1,))]))
-        await asyncio.to_thread(expert.entered.wait, 10)
-        later = [asyncio.create_task(each.step([Open(0, (n,), Rows.ALL)])) for n, each in ((2, two), (3, three))]
-        await eventually(lambda: server._worker.queued == 2)
-        expert.gate.set()
-        await first
-        results = await asyncio.gather(*later)
-        assert [len(step) for step in expert.steps] == [1, 2]
-        for token, result in zip((2, 3), results, strict=True):
-            assert torch.equal(result.rows(0)[0], expert.law((token,)))
-            assert result.batch_size == 2
-
-
-async def test_closing_the_scheduler_fails_what_waits(tmp_path):
-    expert = Watched()
-    async with scheduled(expert, tmp_path) as scheduler:
-        first = await held_up(expert, scheduler)
-        later = asyncio.ensure_future(scheduler.submit([Open(9, (1,))]))
-        await eventually(lambda: scheduler.queued == 1)
-        await scheduler.close()
-        for task in (first, later):
-            with pytest.raises(ExpertUnavailable, match="closed"):
-                await task
-        expert.gate.set()
-
-
-# Health, addresses, processes
+# Health and addresses
 
 
 async def test_health_and_reflection(tmp_path):
@@ -463,122 +267,3 @@ async def test_a_free_port_is_chosen_and_the_expert_closed_in_the_end(tmp_path):
         assert (await connection.step([Open(0, (1,))])).errors == (None,)
     await server.stop()
     assert expert.closed
-
-
-PROCESS = """
-import asyncio, sys, time
-from pathlib import Path
-from token_swarm.experts.toy import ToyExpert
-from token_swarm.vocabulary import Vocabulary
-from token_swarm_server.expert_server import serve
-
-class Slow(ToyExpert):
-    def step(self, ops):
-        time.sleep(float(sys.argv[3]))
-        return super().step(ops)
-
-table = (None, b"a", b"b", b"c", b"ab", b"ab", b"abc", b"abca", b"ca", None)
-expert = Slow("toy", Vocabulary(table, (0,)), seed=3)
-asyncio.run(serve(expert, sys.argv[1], directory=Path(sys.argv[2]), on_ready=lambda at: print(at, flush=True)))
-"""
-
-CALLER = """
-import asyncio, sys
-from pathlib import Path
-from token_swarm.experts.contract import Open
-from token_swarm_server.expert_client import ExpertConnection
-
-async def main():
-    connection = await ExpertConnection.connect(sys.argv[1], "toy", cache=Path(sys.argv[2]))
-    await connection.step([Open(0, (1,))])
-    print(connection.transport, flush=True)
-    await asyncio.sleep(60)
-
-asyncio.run(main())
-"""
-
-
-@asynccontextmanager
-async def process(script, *arguments):
-    """A Python process, once it has printed its first line."""
-    started = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        script,
-        *map(str, arguments),
-        stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    try:
-        line = await asyncio.wait_for(started.stdout.readline(), 60)
-        yield started, line.decode().strip()
-    finally:
-        if started.returncode is None:
-            started.kill()
-        await started.wait()
-
-
-@pytest.fixture
-def shared(tmp_path):
-    """A directory of this test's own in shared memory."""
-    directory = SHM / f"test-{os.getpid()}-{tmp_path.name}"
-    directory.mkdir()
-    yield directory
-    left = list(directory.iterdir())
-    for path in left:
-        path.unlink()
-    directory.rmdir()
-    assert not left
-
-
-async def test_a_killed_expert_fails_its_callers_and_leaves_no_file(tmp_path, shared):
-    async with process(PROCESS, f"unix:{tmp_path}/run/expert", shared, 0.5) as (expert, address):
-        connection = await ExpertConnection.connect(address, "toy", cache=tmp_path / "cache")
-        assert connection.transport == expert_pb2.TRANSPORT_SHARED_MEMORY
-        assert not list(shared.iterdir())
-        scheduler = ExpertScheduler(connection)
-        sequence = scheduler.allocate_sequence()
-        (rows,) = await scheduler.submit([Open(sequence, (1, 2))])
-        assert torch.equal(rows[0], toy().law((1, 2)))
-        running = asyncio.ensure_future(scheduler.submit([Extend(sequence, (3,))]))
-        await asyncio.sleep(0.1)
-        waiting = asyncio.ensure_future(scheduler.submit([Extend(sequence, (1,))]))
-        await asyncio.sleep(0.01)
-        expert.send_signal(signal.SIGKILL)
-        for task in (running, waiting):
-            with pytest.raises(ExpertUnavailable, match="'toy'"):
-                await asyncio.wait_for(task, 10)
-        with pytest.raises(ExpertUnavailable):
-            await scheduler.submit([Close(sequence)])
-        scheduler.release([sequence])
-        await asyncio.wait_for(connection.wait_lost(), 10)
-        await scheduler.close()
-        await connection.close()
-        assert not list(shared.iterdir())
-    async with process(PROCESS, address, shared, 0) as (expert, _):
-        again = await ExpertConnection.connect(address, "toy", cache=tmp_path / "cache")
-        assert (await again.step([Extend(sequence, (3,))])).errors[0].kind is OpErrorKind.UNKNOWN_SEQUENCE
-        await again.close()
-
-
-async def test_a_killed_caller_frees_its_sequences_and_leaves_no_file(tmp_path, shared):
-    expert = Watched()
-    async with serving(expert, tmp_path, directory=shared) as server:
-        async with process(CALLER, server.address, tmp_path / "cache") as (caller, line):
-            assert int(line) == expert_pb2.TRANSPORT_SHARED_MEMORY
-            assert expert.held == {0}
-            assert not list(shared.iterdir())
-            caller.send_signal(signal.SIGKILL)
-            await eventually(lambda: not expert.held)
-        assert not list(shared.iterdir())
-
-
-async def test_sigterm_stops_an_expert_that_has_callers(tmp_path, shared):
-    async with process(PROCESS, f"unix:{tmp_path}/run/expert", shared, 0) as (expert, address):
-        connection = await ExpertConnection.connect(address, "toy", cache=tmp_path / "cache")
-        await connection.step([Open(0, (1,))])
-        expert.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(expert.wait(), 10) == 0
-        with pytest.raises(ExpertUnavailable):
-            await asyncio.wait_for(connection.step([Extend(0, (1,))]), 10)
-        await connection.close()

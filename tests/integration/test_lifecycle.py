@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from tests.integration.test_faults import Swarm, swarm, until
+from tests.integration.frail_swarm import Swarm, swarm, until
 from token_swarm.particle import Mixture, Particle
 from token_swarm.v1 import swarm_pb2
 

@@ -1,4 +1,6 @@
-"""Long prompts are read in pieces beside texts that are being written: over a real connection, with a toy expert."""
+"""The scheduler before an expert, over a real connection: what shares a step, and long prompts that are read in pieces
+beside texts that are being written.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,148 @@ from typing import Any
 import pytest
 import torch
 from token_swarm_server.batching import ALONE, SHORT, ExpertScheduler
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.counts import Counts
+from token_swarm_server.errors import ExpertUnavailable
 from token_swarm_server.observer import Observer
+from token_swarm_server.wire import row_count
 
+from tests.integration.expert_serving import VOCABULARY, Watched, connected, eventually, every_transport, serving
 from tests.laws.ensembles import LONG
+from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows, StepResult, Truncate
 from token_swarm.experts.toy import ToyExpert
+from token_swarm.v1 import expert_pb2
+
+
+@asynccontextmanager
+async def scheduled(expert, tmp_path, prefer=expert_pb2.TRANSPORT_UNSPECIFIED, **options):
+    async with serving(expert, tmp_path) as server, connected(server, tmp_path, prefer) as connection:
+        scheduler = ExpertScheduler(connection, **options)
+        try:
+            yield scheduler
+        finally:
+            await scheduler.close()
+
+
+async def held_up(expert, scheduler):
+    """A submission whose step waits at the gate."""
+    expert.gate.clear()
+    expert.entered.clear()
+    first = asyncio.ensure_future(scheduler.submit([Open(scheduler.allocate_sequence(), (1,))]))
+    await asyncio.to_thread(expert.entered.wait, 10)
+    return first
+
+
+@every_transport
+async def test_what_arrives_during_a_step_shares_the_next_one(tmp_path, prefer):
+    expert, counts = Watched(), Counts(["toy"])
+    async with scheduled(expert, tmp_path, prefer, observer=Observer([counts])) as scheduler:
+        first = await held_up(expert, scheduler)
+        ids = [scheduler.allocate_sequence() for _ in range(8)]
+        assert len(set(ids)) == 8
+        later = [
+            asyncio.ensure_future(scheduler.submit([Open(sequence, (1 + sequence % 3,) * (1 + sequence))]))
+            for sequence in ids
+        ]
+        await eventually(lambda: scheduler.queued == 8)
+        expert.gate.set()
+        await first
+        results = await asyncio.gather(*later)
+        assert [len(step) for step in expert.steps] == [1, 8]
+        for sequence, (rows,) in zip(ids, results, strict=True):
+            assert torch.equal(rows[0], expert.law((1 + sequence % 3,) * (1 + sequence)))
+        counted = counts.experts["toy"]
+        assert (counted.steps, counted.submissions, counted.rows, counted.submissions / counted.steps) == (2, 9, 9, 4.5)
+        assert counted.tokens == 1 + sum(1 + sequence for sequence in ids)
+        assert 0 < counted.compute.sum <= counted.seconds.sum
+
+
+async def test_an_unknown_sequence_is_an_error_of_its_own_operation(tmp_path):
+    async with scheduled(Watched(), tmp_path) as scheduler:
+        sequence = scheduler.allocate_sequence()
+        opened, lost, extended = await scheduler.submit(
+            [Open(sequence, (1, 2), Rows.ALL), Extend(99, (1,)), Extend(sequence, (3,), Rows.NONE)]
+        )
+        assert opened.shape == (2, VOCABULARY.width)
+        assert lost.kind is OpErrorKind.UNKNOWN_SEQUENCE
+        assert extended.shape == (0, VOCABULARY.width)
+
+
+async def test_a_cancelled_caller_leaves_what_was_sent_and_drops_what_was_not(tmp_path):
+    expert = Watched()
+    async with scheduled(expert, tmp_path) as scheduler:
+        sent = await held_up(expert, scheduler)
+        waiting = asyncio.ensure_future(scheduler.submit([Open(40, (1,))]))
+        await eventually(lambda: scheduler.queued == 1)
+        for task in (sent, waiting):
+            task.cancel()
+        await asyncio.wait([sent, waiting])
+        expert.gate.set()
+        await scheduler.submit([Open(41, (1,))])
+        assert expert.held == {0, 41}
+        scheduler.release([0, 41])
+        await eventually(lambda: not expert.held)
+
+
+async def test_batches_keep_to_the_rows_of_a_step(tmp_path):
+    expert = Watched()
+    async with serving(expert, tmp_path) as server, connected(server, tmp_path) as connection:
+        connection.max_rows = 4
+        scheduler = ExpertScheduler(connection)
+        first = await held_up(expert, scheduler)
+        later = [asyncio.ensure_future(scheduler.submit([Open(9 + n, (1,) * 3, Rows.ALL)])) for n in range(3)]
+        await eventually(lambda: scheduler.queued == 3)
+        expert.gate.set()
+        _, *results = await asyncio.gather(first, *later)
+        assert [sum(map(row_count, step)) for step in expert.steps] == [1, 4, 4, 1]
+        for (rows,) in results:
+            assert torch.equal(rows, torch.stack([expert.law((1,) * length) for length in (1, 2, 3)]))
+        with pytest.raises(BadParameter, match="at most 4 rows"):
+            await scheduler.submit([Open(20, (1,) * 5, Rows.ALL)])
+        await scheduler.close()
+
+
+async def test_two_schedulers_of_one_expert_may_share_a_step(tmp_path):
+    expert = Watched()
+    async with (
+        serving(expert, tmp_path) as server,
+        connected(server, tmp_path) as one,
+        connected(server, tmp_path) as two,
+        connected(server, tmp_path) as three,
+    ):
+        expert.gate.clear()
+        expert.entered.clear()
+        first = asyncio.create_task(one.step([Open(0, (1,))]))
+        await asyncio.to_thread(expert.entered.wait, 10)
+        later = [asyncio.create_task(each.step([Open(0, (n,), Rows.ALL)])) for n, each in ((2, two), (3, three))]
+        await eventually(lambda: server._worker.queued == 2)
+        expert.gate.set()
+        await first
+        results = await asyncio.gather(*later)
+        assert [len(step) for step in expert.steps] == [1, 2]
+        for token, result in zip((2, 3), results, strict=True):
+            assert torch.equal(result.rows(0)[0], expert.law((token,)))
+            assert result.batch_size == 2
+
+
+async def test_closing_the_scheduler_fails_what_waits(tmp_path):
+    expert = Watched()
+    async with scheduled(expert, tmp_path) as scheduler:
+        first = await held_up(expert, scheduler)
+        later = asyncio.ensure_future(scheduler.submit([Open(9, (1,))]))
+        await eventually(lambda: scheduler.queued == 1)
+        await scheduler.close()
+        for task in (first, later):
+            with pytest.raises(ExpertUnavailable, match="closed"):
+                await task
+        expert.gate.set()
+
+
+# Long prompts
 
 
 class Recorder(ToyExpert):
-    """Keeps the operations of every step; `held_up` makes the next steps wait for each other."""
+    """Keeps the operations of every step."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__("toy", LONG, max_context=900, **options)
@@ -38,18 +171,10 @@ class Recorder(ToyExpert):
 
 
 @asynccontextmanager
-async def scheduled(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[Recorder, ExpertScheduler]]:
+async def recorded(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[Recorder, ExpertScheduler]]:
     expert = Recorder(**options.pop("expert", {}))
-    server = ExpertServer(expert, f"unix:{tmp_path}/toy.sock")
-    await server.start()
-    connection = await ExpertConnection.connect(server.address, "toy", cache=tmp_path / "cache")
-    scheduler = ExpertScheduler(connection, **options)
-    try:
+    async with scheduled(expert, tmp_path, **options) as scheduler:
         yield expert, scheduler
-    finally:
-        await scheduler.close()
-        await connection.close()
-        await server.stop()
 
 
 def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
@@ -59,7 +184,7 @@ def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
 @pytest.mark.parametrize("rows", [Rows.LAST, Rows.ALL, Rows.NONE])
 async def test_a_long_prompt_is_read_in_pieces_and_gives_the_same_rows(tmp_path: Path, rows: Rows) -> None:
     prompt, more = tokens(100), tokens(50, seed=1)
-    async with scheduled(tmp_path, chunk=32) as (expert, scheduler):
+    async with recorded(tmp_path, chunk=32) as (expert, scheduler):
         opened, forked, cut, extended = await scheduler.submit(
             [Open(0, prompt, rows), Fork(0, 1), Truncate(1, 60), Extend(1, more, rows)]
         )
@@ -78,7 +203,7 @@ async def test_a_long_prompt_is_read_in_pieces_and_gives_the_same_rows(tmp_path:
 
 
 async def test_texts_that_are_written_take_part_in_every_step(tmp_path: Path) -> None:
-    async with scheduled(tmp_path, chunk=20) as (expert, scheduler):
+    async with recorded(tmp_path, chunk=20) as (expert, scheduler):
         for sequence in range(4):
             await scheduler.submit([Open(sequence, (1,))])
         expert.steps.clear()
@@ -100,7 +225,7 @@ async def test_texts_that_are_written_take_part_in_every_step(tmp_path: Path) ->
 
 
 async def test_prompts_take_turns(tmp_path: Path) -> None:
-    async with scheduled(tmp_path, chunk=20) as (_, scheduler):
+    async with recorded(tmp_path, chunk=20) as (_, scheduler):
         order: list[str] = []
         first = scheduler.submit([Open(0, tokens(400))])
         second = scheduler.submit([Open(1, tokens(60, seed=1))])
@@ -111,13 +236,13 @@ async def test_prompts_take_turns(tmp_path: Path) -> None:
 
 
 async def test_a_prompt_alone_is_read_in_larger_pieces(tmp_path: Path) -> None:
-    async with scheduled(tmp_path, chunk=20, crowded=lambda: False) as (expert, scheduler):
+    async with recorded(tmp_path, chunk=20, crowded=lambda: False) as (expert, scheduler):
         await scheduler.submit([Open(0, tokens(800))])
         assert expert.fed == [20 * ALONE, 20 * ALONE, 800 - 40 * ALONE]
 
 
 async def test_a_cancelled_prompt_is_not_read_to_its_end(tmp_path: Path) -> None:
-    async with scheduled(tmp_path, chunk=20) as (expert, scheduler):
+    async with recorded(tmp_path, chunk=20) as (expert, scheduler):
         long = scheduler.submit([Open(0, tokens(800))])
         while len(expert.steps) < 3:
             await asyncio.sleep(0)
@@ -129,7 +254,7 @@ async def test_a_cancelled_prompt_is_not_read_to_its_end(tmp_path: Path) -> None
 
 
 async def test_a_prompt_that_is_refused_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
-    async with scheduled(tmp_path, chunk=20) as (expert, scheduler):
+    async with recorded(tmp_path, chunk=20) as (expert, scheduler):
         await scheduler.submit([Open(0, tokens(880), Rows.NONE)])
         (refused,) = await scheduler.submit([Extend(0, tokens(40, seed=1))])
         assert refused.kind is OpErrorKind.CONTEXT_FULL  # type: ignore[union-attr]
@@ -142,7 +267,7 @@ async def test_a_prompt_that_is_refused_in_the_middle_leaves_nothing(tmp_path: P
 
 
 async def test_what_is_released_is_free_for_a_prompt_of_the_same_step(tmp_path: Path) -> None:
-    async with scheduled(tmp_path, chunk=20, expert={"max_sequences": 1}) as (_, scheduler):
+    async with recorded(tmp_path, chunk=20, expert={"max_sequences": 1}) as (_, scheduler):
         await scheduler.submit([Open(0, (1,))])
         scheduler.release([0])
         (row,) = await scheduler.submit([Open(1, tokens(SHORT + 1))])
@@ -150,7 +275,7 @@ async def test_what_is_released_is_free_for_a_prompt_of_the_same_step(tmp_path: 
 
 
 async def test_a_request_learns_where_its_time_went(tmp_path: Path) -> None:
-    async with scheduled(tmp_path, chunk=20) as (expert, scheduler):
+    async with recorded(tmp_path, chunk=20) as (expert, scheduler):
         with Observer().request("generate") as watch:
             await scheduler.submit([Open(0, tokens(100))], watch)
             await scheduler.submit([Extend(0, (1,)), Close(0)], watch)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,64 +12,22 @@ import torch
 
 from tests.conftest import EXPERTS
 from tests.laws.ensembles import DUPLICATES, LONG, NESTED, toys
+from tests.search.cached_passages import MIXTURES, PASSAGES, VOCABULARIES, build
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.score import CHUNK
-from token_swarm.errors import BadParameter, ExpertFault, FailedPrecondition, PromptTooLong, UnknownName
-from token_swarm.experts.contract import EncodedPrompt, Expert, Op, StepResult
+from token_swarm.errors import BadParameter, ExpertFault, PromptTooLong, UnknownName
+from token_swarm.experts.contract import EncodedPrompt, Expert
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.experts.transformers import TransformersExpert
 from token_swarm.particle import Mixture, Rule
-from token_swarm.search.score_cache import SHARD, Detail, ExpertKey, ScoreCache, fill, filled, model_identity
-from token_swarm.search.scoring import LawReader, Passage
+from token_swarm.search.score_cache import SHARD, Detail, ExpertKey, ScoreCache, fill
+from token_swarm.search.scoring import Passage
 from token_swarm.search.utilities import LogLikelihood, bits_per_byte
-
-VOCABULARIES = [NESTED, DUPLICATES, LONG]
-PASSAGES = [
-    Passage("", "abcab"),
-    Passage("ab", "cabcaabc"),
-    Passage("ab", "c"),
-    Passage("ab", "aaa", chat=True),
-    Passage("aba", "bcabcabcaaaabcb" * 6),
-    *(Passage("c" * i, "abc"[i % 3] * (i + 1)) for i in range(SHARD)),
-]
-MIXTURES = [
-    Mixture({"e0": 1.0}, Rule.LINEAR),
-    Mixture({"e0": 3.0, "e1": 1.0, "e2": 2.0}, Rule.LINEAR),
-    Mixture({"e0": 0.0, "e1": 0.3, "e2": 0.7}, Rule.LINEAR),
-    Mixture({"e1": 1.0}),
-    Mixture({"e0": 0.4, "e1": 0.9, "e2": -0.4}),
-    Mixture({"e2": 1.3, "e0": 0.8}, temperatures={"e0": 1.0}),
-]
-
-
-class Counting:
-    """Counts the steps and the tokens an expert is asked for, and may stop working."""
-
-    def __init__(self, inner: Expert, fail_after: int = 10**9) -> None:
-        self.inner, self.spec, self.encode, self.tokenize = inner, inner.spec, inner.encode, inner.tokenize
-        self.steps = self.tokens = 0
-        self.fail_after = fail_after
-
-    def step(self, ops: Sequence[Op]) -> StepResult:
-        self.steps += 1
-        self.tokens += sum(len(getattr(op, "tokens", ())) for op in ops)
-        if self.steps > self.fail_after:
-            raise ConnectionError("the plug was pulled")
-        return self.inner.step(ops)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 @pytest.fixture
 def experts() -> dict[str, Expert]:
     return toys(VOCABULARIES)
-
-
-def build(
-    root: Path, experts: dict[str, Expert], passages: Sequence[Passage] = PASSAGES, tries: Path | None = None
-) -> ScoreCache:
-    return ScoreCache(root, [fill(root, expert, passages, tries=tries) for expert in experts.values()], passages)
 
 
 def test_a_cached_score_is_the_scorers(tmp_path: Path, experts: dict[str, Expert]) -> None:
@@ -151,76 +107,6 @@ def test_a_long_text_is_read_in_pieces(tmp_path: Path) -> None:
     assert torch.allclose(cache.masses()[0].log(), torch.tensor(expected.per_byte, dtype=torch.float64), atol=1e-10)
 
 
-def test_passages_of_one_prompt_share_its_forward() -> None:
-    prompt, texts = "abcabcabcab" * 9, ["aab", "bcab", "cc"]
-    passages = [Passage(prompt, text) for text in texts]
-    together, apart = Counting(ToyExpert("e0", NESTED)), Counting(ToyExpert("e0", NESTED))
-    shared = [read.laws for read in LawReader(together).read(passages)]
-    single = [next(iter(LawReader(apart).read([passage]))).laws for passage in passages]
-    for left, right in zip(shared, single, strict=True):
-        assert np.array_equal(left, right)
-    assert together.tokens < apart.tokens / 2
-    assert not together.inner._held  # type: ignore[attr-defined]
-
-
-def test_what_is_there_is_not_read_again(tmp_path: Path) -> None:
-    expert = Counting(ToyExpert("e0", NESTED))
-    calls: list[tuple[int, int]] = []
-    key = fill(tmp_path, expert, PASSAGES, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(SHARD, len(PASSAGES)), (len(PASSAGES), len(PASSAGES))]
-    steps = expert.steps
-    assert fill(tmp_path, expert, PASSAGES) == key
-    assert expert.steps == steps
-    assert filled(tmp_path, PASSAGES, "e0", "") == key
-    assert filled(tmp_path, PASSAGES, "e0", "other weights") is None
-    assert filled(tmp_path, PASSAGES[1:], "e0", "") is None
-
-
-def test_filling_resumes_where_it_stopped(tmp_path: Path) -> None:
-    whole, broken = Counting(ToyExpert("e0", NESTED)), Counting(ToyExpert("e0", NESTED))
-    expected = build(tmp_path / "whole", {"e0": whole}).score([Mixture({"e0": 1.0})])
-    broken.fail_after = whole.steps - 3
-    with pytest.raises(ConnectionError):
-        fill(tmp_path / "broken", broken, PASSAGES)
-    key = ExpertKey.of(broken.spec)
-    assert filled(tmp_path / "broken", PASSAGES, "e0", "") is None
-    with pytest.raises(FailedPrecondition, match="'e0' has not read all"):
-        ScoreCache(tmp_path / "broken", [key], PASSAGES)
-    again = Counting(ToyExpert("e0", NESTED))
-    cache = build(tmp_path / "broken", {"e0": again})
-    assert again.steps < whole.steps / 2
-    assert np.array_equal(cache.score([Mixture({"e0": 1.0})]), expected)
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage", "other"])
-def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
-    expert = ToyExpert("e0", NESTED)
-    expected = build(tmp_path, {"e0": expert}).score([Mixture({"e0": 1.0})])
-    first, second = sorted(tmp_path.rglob("*.safetensors"))
-    if damage == "cut":
-        second.write_bytes(second.read_bytes()[:-10])
-    elif damage == "garbage":
-        second.write_bytes(b"not a tensor")
-    else:
-        shutil.copyfile(first, second)
-    assert np.array_equal(build(tmp_path, {"e0": expert}).score([Mixture({"e0": 1.0})]), expected)
-
-
-def test_other_experts_and_other_data_have_files_of_their_own(tmp_path: Path) -> None:
-    mixture = [Mixture({"e0": 1.0})]
-    scores = {
-        float(build(tmp_path, {"e0": ToyExpert("e0", vocabulary, seed=1)}).score(mixture)[0, 4])
-        for vocabulary in (NESTED, LONG)
-    }
-    key = fill(tmp_path, ToyExpert("e0", NESTED, seed=2), PASSAGES, source="seed 2")
-    scores.add(float(ScoreCache(tmp_path, [key], PASSAGES).score(mixture)[0, 4]))
-    assert len(scores) == 3
-    with pytest.raises(FailedPrecondition):
-        ScoreCache(tmp_path, [key], PASSAGES[1:])
-    with pytest.raises(FailedPrecondition):
-        ScoreCache(tmp_path, [replace(key, dtype="torch.float16")], PASSAGES)
-
-
 def test_it_travels_to_another_process(tmp_path: Path, experts: dict[str, Expert]) -> None:
     cache = build(tmp_path, experts)
     assert np.array_equal(pickle.loads(pickle.dumps(cache)).score(MIXTURES), cache.score(MIXTURES))
@@ -296,28 +182,6 @@ def test_what_bytes_do_not_carry_is_refused(tmp_path: Path) -> None:
     cache.score([Mixture({"e0": 0.5, "e1": 0.5, "e2": 0.0}, temperatures={"e2": 3.0})])
 
 
-def test_more_detail_is_added_to_what_is_there(tmp_path: Path) -> None:
-    expert = Counting(ToyExpert("e0", NESTED))
-    key = fill(tmp_path, expert, PASSAGES)
-    plain = ScoreCache(tmp_path, [key], PASSAGES).score([Mixture({"e0": 1.0})])
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("0*.safetensors")}
-    assert filled(tmp_path, PASSAGES, "e0", "", Detail.MASSES) is None
-    assert fill(tmp_path, expert, PASSAGES, detail=Detail.ROWS) == key
-    assert filled(tmp_path, PASSAGES, "e0", "", Detail.ROWS) == key
-    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    cache = ScoreCache(tmp_path, [key], PASSAGES)
-    assert np.array_equal(cache.score([Mixture({"e0": 1.0})]), plain)
-    # A power of 1 by way of the rows is the expert itself.
-    assert cache.score([Mixture({"e0": 1.0 + 1e-12})]) == pytest.approx(plain, abs=1e-5)
-
-
-def test_rows_that_are_too_large_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadParameter, match=r"logit rows of e0: '0\.00 GB'.*the limit"):
-        fill(tmp_path, ToyExpert("e0", NESTED), PASSAGES, detail=Detail.ROWS, rows_limit=100)
-    assert LawReader(ToyExpert("e0", NESTED)).row_bytes([Passage("", "abcabc")]) == 2 * NESTED.width * 8
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
 class Blind(ToyExpert):
     """Reads no prompt, so that no token of it is taken back."""
 
@@ -364,20 +228,6 @@ def test_a_text_that_an_expert_rules_out_is_refused(tmp_path: Path) -> None:
     mixture = Mixture({"e0": -0.2, "e1": 1.2})
     expected = LocalEnsemble({"e0": Excluding("e0", NESTED), "e1": ToyExpert("e1", LONG)}).score("", "ac", mixture)
     assert cache.score([mixture])[0, 0] == pytest.approx(expected.log_prob, abs=1e-5)
-
-
-def test_a_model_is_known_by_its_files(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(bytes(3 << 20))
-    first = model_identity(str(model))
-    assert model_identity(str(model)) == first
-    (model / "model.safetensors").write_bytes(bytes((3 << 20) - 1) + b"1")
-    second = model_identity(str(model))
-    (model / "config.json").write_text("[]")
-    assert len({first, second, model_identity(str(model)), model_identity("owner/name")}) == 4
-    assert model_identity("owner/name") == "owner/name"
 
 
 def test_log_likelihood_is_nats_per_byte(tmp_path: Path, experts: dict[str, Expert]) -> None:

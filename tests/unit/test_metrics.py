@@ -1,12 +1,9 @@
-"""What an observer tells its sinks, and what metrics, logs, traces, GetStatus and the dashboard make of it."""
+"""What metrics, GetStatus, `token-swarm top` and the dashboard make of what an observer counts."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import io
 import json
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,118 +12,20 @@ from typing import Any
 import numpy as np
 import promql_parser
 import pytest
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client import Histogram as TheirHistogram
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from rich.progress import Progress
 from token_swarm_server.cli.rates import quantile, rates
 from token_swarm_server.cli.top import view
 from token_swarm_server.counts import INTER_BYTE_SECONDS, Counts, Histogram
-from token_swarm_server.errors import ExpertUnavailable, QueueFull
-from token_swarm_server.logs import JsonFormatter, LineLog, RequestLog, TextFormatter
 from token_swarm_server.metrics import PREFIX, SwarmCollector
-from token_swarm_server.observer import Observer, Outcome, Sink, Step, Watch, request_id
 from token_swarm_server.status import LiveExpert, status_to_proto
-from token_swarm_server.tracing import TraceSink
 
-from token_swarm.errors import BadParameter
-from token_swarm.experts.contract import ExpertStats
+from tests.unit.observed import LIVE, busy
 from token_swarm.v1 import swarm_pb2
 
 ROOT = Path(__file__).parents[2]
-LIVE = {
-    "a": LiveExpert("ready", "", 2, 3, 16, ExpertStats(sequences=4, tokens=50, capacity=200, engine={"waiting": 7.0})),
-    "b": LiveExpert("down", "exited with code -9", 0, 0, 8, None),
-}
-
-
-def a_text(observer: Observer, *, error: BaseException | None = None, **call: Any) -> Watch:
-    """A request with one call to each expert, two chunks, and the end that `error` says."""
-    call.setdefault("kind", "generate")
-    watch = observer.request(call.pop("kind"), prompt_bytes=10, **call)
-    with contextlib.suppress(Exception, asyncio.CancelledError), watch:
-        watch.planned("linear", "byte", {"a": 0.3, "b": 0.7})
-        watch.encoded({"a": 4, "b": 5})
-        watch.admitted()
-        watch.forward("a", 0.1, 0.2, 0.3, 7)
-        watch.mixed(0.001)
-        watch.text(3)
-        watch.text(2)
-        if error is not None:
-            raise error
-        watch.finished(Outcome("max_bytes", {"a": 2, "b": 1}, {"a": 0.25, "b": 0.75}, ("b",), 1))
-    return watch
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [("abc-1", "abc-1"), ("a b\nc\x00é%s", "abc%s"), ("x" * 100, "x" * 64), ("\x7f\u2028id", "id")],
-)
-def test_a_request_id_is_safe_in_logs_and_metadata(given: str, kept: str) -> None:
-    assert request_id(given) == kept
-
-
-def test_a_request_without_an_id_gets_one() -> None:
-    assert request_id("") != request_id("\n") != ""
-
-
-@pytest.mark.parametrize(
-    ("error", "remaining", "status"),
-    [
-        (None, None, "OK"),
-        (BadParameter("max_bytes", 0, "at least 1"), None, "INVALID_ARGUMENT"),
-        (QueueFull("64 wait"), None, "RESOURCE_EXHAUSTED"),
-        (ExpertUnavailable("a", "it died"), None, "UNAVAILABLE"),
-        (RuntimeError("a bug"), None, "INTERNAL"),
-        (asyncio.CancelledError(), None, "CANCELLED"),
-        (asyncio.CancelledError(), 100.0, "CANCELLED"),
-        (asyncio.CancelledError(), 0.0, "DEADLINE_EXCEEDED"),
-    ],
-)
-def test_a_request_ends_with_the_status_of_what_ended_it(
-    error: BaseException | None, remaining: float | None, status: str
-) -> None:
-    counts = Counts(["a", "b"])
-    watch = a_text(Observer([counts]), error=error, time_remaining=remaining)
-    assert watch.status == status
-    assert watch.error == ("" if error is None else type(error).__name__)
-    assert counts.requests.failed == ({} if error is None else {status: 1})
-    assert counts.requests.succeeded["max_bytes"] == (error is None)
-    assert (counts.requests.running, counts.requests.waiting) == (0, 0)
-
-
-def test_a_reader_that_leaves_with_the_last_message_was_served() -> None:
-    watch = Observer().request("generate")
-    with pytest.raises(asyncio.CancelledError), watch:
-        watch.finished(Outcome("end_of_text"))
-        raise asyncio.CancelledError
-    assert (watch.status, watch.error) == ("OK", "")
-
-
-def test_running_and_waiting_follow_a_request() -> None:
-    counts = Counts(["a"])
-    seen = []
-    with Observer([counts]).request("generate") as watch:
-        seen.append((counts.requests.waiting, counts.requests.running))
-        watch.admitted()
-        seen.append((counts.requests.waiting, counts.requests.running))
-    assert seen == [(1, 0), (0, 1)]
-    with pytest.raises(QueueFull), Observer([counts]).request("generate"):
-        raise QueueFull("full")
-    assert (counts.requests.waiting, counts.requests.running) == (0, 0)
-
-
-def test_a_sink_that_breaks_spoils_no_request(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Sink):
-        def request_finished(self, watch: Watch) -> None:
-            raise RuntimeError("no")
-
-    counts = Counts(["a", "b"])
-    assert a_text(Observer([Broken(), counts])).status == "OK"
-    assert counts.requests.succeeded["max_bytes"] == 1
-    assert "Broken could not record request" in caplog.text
 
 
 def test_a_histogram_counts_like_prometheus_own() -> None:
@@ -159,20 +58,6 @@ def exposed(counts: Counts, live: dict[str, LiveExpert]) -> dict[str, Any]:
         for sample in family.samples:
             found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
     return found
-
-
-def busy() -> Counts:
-    """Counts of two texts, one cancelled; one score; and a step."""
-    counts = Counts(["a", "b"])
-    observer = Observer([counts])
-    a_text(observer)
-    a_text(observer, error=asyncio.CancelledError())
-    with observer.request("score", prompt_bytes=100) as watch:
-        watch.admitted()
-        watch.finished(Outcome("scored"))
-    observer.step(Step("a", 0.05, 0.04, submissions=2, batch=3, tokens=9, rows=3, logits_bytes=1200))
-    observer.expert_changed("b", "down", "exited")
-    return counts
 
 
 def test_metrics_say_what_happened() -> None:
@@ -283,135 +168,6 @@ def test_top_fits_a_terminal(idle: bool) -> None:
     assert "…" not in shown
     for word in ("ready", "down", "restarts", "tokens/s", "first byte", "4/16", "25.0%", "exited with code -9"):
         assert word in shown
-
-
-def logged(formatter: logging.Formatter, **call: Any) -> str:
-    """The lines that a request writes."""
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(formatter)
-    log = logging.getLogger("token_swarm_server.requests")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        a_text(Observer([RequestLog()]), **call)
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(logging.NOTSET)
-    return stream.getvalue()
-
-
-def test_a_request_ends_in_one_line_of_json() -> None:
-    (text,) = logged(JsonFormatter(), given_id="job 7\n").splitlines()
-    line = json.loads(text)
-    assert (line["request_id"], line["status"], line["reason"]) == ("job7", "OK", "max_bytes")
-    assert (line["level"], line["logger"], line["message"]) == ("info", "token_swarm_server.requests", "request")
-    assert (line["bytes"], line["prompt_bytes"], line["dropped"], line["reopened"]) == (5, 10, ["b"], 1)
-    assert line["experts"]["a"]["share"] == 0.25
-    assert line["experts"]["a"]["queue_seconds"] == 0.1
-    assert 0 <= line["first_byte_seconds"] <= line["seconds"]
-    assert "error" not in line
-
-
-def test_a_request_ends_in_one_line_of_text() -> None:
-    (line,) = logged(TextFormatter(), error=ExpertUnavailable("a", "secret text"), given_id="r1").splitlines()
-    assert "INFO requests: request request_id=r1 kind=generate status=UNAVAILABLE error=ExpertUnavailable" in line
-    assert "experts.a.weight=0.3" in line
-    # The message may quote what a client sent.
-    assert "secret" not in line
-
-
-def test_a_line_cannot_be_forged() -> None:
-    record = logging.LogRecord("x", logging.INFO, "f", 1, "hello\n2026 INFO forged\x1b[31m", (), None)
-    record.fields = {"note": 'a "b" = c\n', "empty": "", "plain": "x-1"}
-    text = TextFormatter().format(record)
-    assert "\n" not in text
-    assert "\x1b" not in text
-    assert text.endswith('note="a \\"b\\" = c\\n" empty="" plain=x-1')
-    assert "\n" not in JsonFormatter().format(record)
-
-
-def test_a_console_for_machines_writes_log_lines(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "token_swarm_server.console")
-    console = Console(file=LineLog(), width=1000, color_system=None)
-    with Progress(console=console) as progress:
-        progress.update(progress.add_task("expert a: ready", total=1), completed=1)
-    console.print("serving on 127.0.0.1:50061")
-    assert [record.getMessage() for record in caplog.records][-1] == "serving on 127.0.0.1:50061"
-    assert caplog.records[0].getMessage().startswith("expert a: ready")
-
-
-def test_an_exception_is_part_of_its_line() -> None:
-    try:
-        raise ValueError("oops")
-    except ValueError as error:
-        record = logging.LogRecord("x.y", logging.ERROR, "f", 1, "bad", (), (ValueError, error, error.__traceback__))
-    assert "ValueError: oops" in json.loads(JsonFormatter().format(record))["exception"]
-    assert all(line.startswith("  ") for line in TextFormatter().format(record).splitlines()[1:])
-
-
-def spans(sink_options: dict[str, Any] | None = None, **call: Any) -> Any:
-    """What one request exports."""
-    exporter = InMemorySpanExporter()
-    sink = TraceSink(exporter, **(sink_options or {}))
-    a_text(Observer([sink]), **call)
-    sink.close()
-    return exporter.get_finished_spans()
-
-
-TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-
-
-def test_a_request_is_a_span_in_the_callers_trace_with_a_child_per_expert() -> None:
-    metadata = {"traceparent": f"00-{TRACE}-{PARENT}-01", "authorization": "Bearer secret"}
-    found = spans(given_id="job", metadata=metadata)
-    (child,) = (span for span in found if span.name == "token_swarm.expert a")
-    (parent,) = (span for span in found if span.name == "token_swarm.generate")
-    assert f"{parent.context.trace_id:032x}" == TRACE
-    assert f"{parent.parent.span_id:016x}" == PARENT
-    assert child.parent.span_id == parent.context.span_id
-    assert parent.start_time <= child.start_time < child.end_time <= parent.end_time
-    given = dict(parent.attributes)
-    assert given["token_swarm.request_id"] == "job"
-    assert given["rpc.method"] == "token_swarm.v1.SwarmService/Generate"
-    assert given["rpc.response.status_code"] == "OK"
-    assert given["token_swarm.finish_reason"] == "max_bytes"
-    assert (given["token_swarm.unit"], given["token_swarm.rule"]) == ("byte", "linear")
-    assert (given["token_swarm.bytes"], given["token_swarm.prompt_bytes"]) == (5, 10)
-    assert [event.name for event in parent.events] == ["admitted", "first chunk"]
-    assert dict(child.attributes) == {
-        "token_swarm.expert": "a",
-        "token_swarm.weight": 0.3,
-        "token_swarm.queue_seconds": 0.1,
-        "token_swarm.compute_seconds": 0.2,
-        "token_swarm.transport_seconds": 0.3,
-        "token_swarm.calls": 1,
-        "token_swarm.tokens_fed": 7,
-        "token_swarm.tokens": 2,
-        "token_swarm.share": 0.25,
-    }
-    assert parent.resource.attributes["service.name"] == "token-swarm"
-    assert "secret" not in json.dumps([span.to_json() for span in found])
-
-
-@pytest.mark.parametrize("traceparent", [None, "nonsense", f"00-{TRACE}-{'0' * 16}-01"])
-def test_without_a_callers_trace_a_request_begins_one(traceparent: str | None) -> None:
-    found = spans(metadata={} if traceparent is None else {"traceparent": traceparent})
-    (parent,) = (span for span in found if span.name == "token_swarm.generate")
-    assert parent.parent is None
-
-
-def test_only_the_servers_faults_are_errors() -> None:
-    for error, fault in ((ExpertUnavailable("a", "died"), True), (BadParameter("a", 1, "2"), False)):
-        (parent,) = (span for span in spans(error=error) if span.name == "token_swarm.generate")
-        assert (not parent.status.is_ok and parent.status.description == type(error).__name__) == fault
-        assert parent.attributes["error.type"] == type(error).__name__
-
-
-def test_sampling_is_the_callers_decision_first() -> None:
-    assert spans({"sample": 0.0}) == ()
-    assert len(spans({"sample": 0.0}, metadata={"traceparent": f"00-{TRACE}-{PARENT}-01"})) == 2
-    assert spans({"sample": 1.0}, metadata={"traceparent": f"00-{TRACE}-{PARENT}-00"}) == ()
 
 
 def test_a_status_has_every_field_of_the_proto() -> None:
