@@ -37,10 +37,11 @@ def programs(rounds: int) -> dict[str, list[str]]:
     serve = ["--config", CONFIG, "--rounds", str(rounds), "--json"]
     cli = ["-m", "token_swarm_server.cli", "bench"]
     entry = ["-m", "bench"]
+    open_loop = ["--rate", "0.2", "--goodput", "ttft:2000,tpot:100"]
     return {
         "compare": [*entry, "compare", "--rounds", str(rounds + 2), "--json"],
         "latency": [*cli, "latency", *serve],
-        "load": [*cli, "load", "--concurrency", "1,2,4,8", "--rate", "0.25", "--goodput", "ttft:2000,tpot:100", *serve],
+        "load": [*cli, "load", "--concurrency", "1,2,4,8,16", "--max-bytes", "200", *open_loop, *serve],
         "costs": [*entry, "costs", "--rounds", str(rounds), "--json"],
         "kernels": [*entry, "kernels", "--seconds", "0.3", "--json"],
         "byte_walk": [*entry, "byte_walk", "--json"],

@@ -24,7 +24,7 @@ from token_swarm.mixing.unit import MixingUnit
 from token_swarm.particle import Mixture
 from token_swarm_server.errors import ExpertUnavailable
 from token_swarm_server.expert_link import ExpertLink, LinkState
-from token_swarm_server.mixing_pool import MixingPool
+from token_swarm_server.mixing_pool import MixingPool, turns
 from token_swarm_server.observer import Watch
 
 logger = logging.getLogger(__name__)
@@ -229,9 +229,13 @@ class Generation:
             started = time.perf_counter()
             text = decoder.take_text()
             self._watch.mixed(time.perf_counter() - started)
-            # The experts work on while the text is being sent.
             self._ask()
             if text:
+                if self._round is not None:
+                    # Sending keeps the event loop busy for as long as a text's mixing does: first the experts get their
+                    # step, of all texts that were answered together.
+                    await self._pool.settle()
+                    await turns()
                 self._watch.text(len(text.encode()))
                 started = time.perf_counter()
                 yield text

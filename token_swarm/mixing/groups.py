@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,27 +65,41 @@ class Group:
             if row.shape != (self.vocabulary.width,):
                 shape = tuple(row.shape)
                 raise BadLogits([spec.name], f"logit row of shape {shape}, not [{self.vocabulary.width}]")
-        mixed = self._mix(rows, self.exponents, self.temperatures)
-        if bool(mixed[0].isnan()):
+        mixed = self._mix(rows, self._asked)
+        if math.isnan(mixed[0].item()):
             bad = [name for name, own in zip(self.names, self.member_laws(rows), strict=True) if bool(own[0].isnan())]
             raise BadLogits(bad or self.names)
         return mixed
 
     def member_laws(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Each member's own token probabilities at its temperature."""
-        return [self._mix([row], [1.0], [heat]) for row, heat in zip(rows, self.temperatures, strict=True)]
+        return [self._mix([row], asked) for row, asked in zip(rows, self._asked_alone, strict=True)]
 
-    def _mix(self, rows: Sequence[Tensor], weights: Sequence[float], temperatures: Sequence[float]) -> Tensor:
+    @cached_property
+    def _asked(self) -> tuple[Tensor, Tensor]:
+        """Weights inside the group and temperatures, [1, members] each."""
+        return _row(self.exponents), _row(self.temperatures)
+
+    @cached_property
+    def _asked_alone(self) -> list[tuple[Tensor, Tensor]]:
+        """The same for each member alone."""
+        return [(_row([1.0]), _row([heat])) for heat in self.temperatures]
+
+    def _mix(self, rows: Sequence[Tensor], asked: tuple[Tensor, Tensor]) -> Tensor:
         # Experts in this process may leave their logits on a GPU: they are mixed there, and only the mixture is moved.
         device = rows[0].device
-        table = torch.tensor([weights, temperatures], dtype=torch.float64, device=device)
+        weights, temperatures = (table.to(device) for table in asked)
         logits = [row[None].to(device) for row in rows]
-        return kernels.mix(logits, table[:1], table[1:], self.rule, self._allowed.to(device))[0].cpu()
+        return kernels.mix(logits, weights, temperatures, self.rule, self._allowed.to(device))[0].cpu()
 
     def split(self, masses: npt.ArrayLike) -> dict[str, float]:
         """Share of each member when they gave a symbol `masses` [members, or 1 for all], |exponent| as prior."""
         given = np.abs(self.exponents) * np.asarray(masses)
         return as_shares(dict(zip(self.names, given.tolist(), strict=True)))
+
+
+def _row(values: Sequence[float]) -> Tensor:
+    return torch.tensor([values], dtype=torch.float64)
 
 
 def as_shares(given: Mapping[str, float]) -> dict[str, float]:
