@@ -19,14 +19,23 @@ from token_swarm_server.expert_server import ExpertServer
 from transformers.utils import logging
 
 from bench.rivals.child import answer_commands
-from token_swarm.experts.contract import EncodedPrompt, Expert, ExpertSpec, ExpertStats, Extend, Op, Open, StepResult
+from token_swarm.experts.contract import (
+    EncodedPrompt,
+    ExpertSpec,
+    ExpertStats,
+    Extend,
+    Op,
+    Open,
+    RowMemory,
+    StepResult,
+)
 from token_swarm.experts.transformers import TransformersExpert
 
 
 class RecordingExpert:
     """Hands everything on to `expert`; keeps the operations of every step since `start`."""
 
-    def __init__(self, expert: Expert) -> None:
+    def __init__(self, expert: TransformersExpert) -> None:
         self._expert = expert
         self._steps: list[tuple[Op, ...]] = []
         self._computing = 0.0
@@ -46,9 +55,13 @@ class RecordingExpert:
 
     def step(self, ops: Sequence[Op]) -> StepResult:
         """The expert's own, remembered."""
+        return self.step_into(ops, None)
+
+    def step_into(self, ops: Sequence[Op], memory: RowMemory | None) -> StepResult:
+        """The expert's own, remembered."""
         self._steps.append(tuple(ops))
         started = time.perf_counter()
-        result = self._expert.step(ops)
+        result = self._expert.step_into(ops, memory)
         self._computing += time.perf_counter() - started
         return result
 

@@ -15,7 +15,6 @@ import torch
 from token_swarm.decoding.forwards import Outcome
 from token_swarm.experts.contract import Close, ExpertSpec, Extend, Op, Open, Rows
 from token_swarm_server.errors import ExpertUnavailable, TransportError
-from token_swarm_server.mixing_pool import turns
 from token_swarm_server.observer import Observer, Step, Watch
 from token_swarm_server.wire import TimedStepResult, check_ops, row_count
 
@@ -232,8 +231,9 @@ class ExpertScheduler:
                 while batch := await self._next():
                     await self._step(batch)
                     if self._short or self._long:
-                        # Texts that were answered just now belong into the step that would leave without them.
-                        await turns()
+                        # Texts that were answered just now belong into the step that would leave without them. After
+                        # a turn of the loop they are known to pause.
+                        await asyncio.sleep(0)
         except ExpertUnavailable as error:
             down = error
         except TransportError as error:

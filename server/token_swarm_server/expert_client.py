@@ -70,6 +70,16 @@ def _store(path: Path, data: bytes) -> Vocabulary:
     return vocabulary
 
 
+async def _fetch(stub: expert_pb2_grpc.ExpertServiceAsyncStub, fingerprint: str, cache: Path) -> Vocabulary:
+    """The vocabulary from the cache, or from the expert. Raises as `_store` does."""
+    path = cache / f"{fingerprint}.vocabulary"
+    vocabulary = await asyncio.to_thread(_load, path, fingerprint)
+    if vocabulary is None:
+        data = await _get_vocabulary(stub, fingerprint)
+        vocabulary = await asyncio.to_thread(_store, path, data)
+    return vocabulary
+
+
 class ExpertConnection:
     """An attached connection; made by `connect`. Not for use from several threads."""
 
@@ -102,11 +112,12 @@ class ExpertConnection:
         prefer: expert_pb2.Transport.ValueType = expert_pb2.TRANSPORT_UNSPECIFIED,
         wait_seconds: float = 30.0,
         tls: ClientTls | None = None,
+        known: Vocabulary | None = None,
     ) -> ExpertConnection:
         """Connect to the expert called `name` and attach.
 
         `cache`: directory for vocabularies. `prefer`: how logits travel. `wait_seconds`: for the
-        expert to answer at all.
+        expert to answer at all. `known`: a vocabulary that it probably has: it is then neither read nor held twice.
         Raises ExpertUnavailable if it does not, TransportError if it is another expert or breaks the
         protocol, and BadParameter for TLS files that cannot be used.
         """
@@ -121,11 +132,10 @@ class ExpertConnection:
                     f"name: {address} is expert {description.name[:80]!r}, expected {name!r}"
                 )
             wire.check_description(description)
-            path = cache / f"{description.fingerprint}.vocabulary"
-            vocabulary = await asyncio.to_thread(_load, path, description.fingerprint)
-            if vocabulary is None:
-                data = await _get_vocabulary(stub, description.fingerprint)
-                vocabulary = await asyncio.to_thread(_store, path, data)
+            if known is not None and known.fingerprint == description.fingerprint:
+                vocabulary = known
+            else:
+                vocabulary = await _fetch(stub, description.fingerprint, cache)
             spec = wire.spec_from_proto(description, vocabulary)
             connection = cls(channel, stub, spec, description.max_rows_per_step)
             await connection._attach(description, prefer)

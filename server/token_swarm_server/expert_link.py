@@ -232,6 +232,7 @@ class ExpertLink:
                     cache=self._options.cache,
                     wait_seconds=_ATTEMPT_SECONDS,
                     tls=self._options.tls,
+                    known=self.spec.vocabulary,
                 )
             except (ExpertUnavailable, TransportError, BadParameter) as error:
                 # BadParameter: a certificate that is being replaced just now.

@@ -18,6 +18,7 @@ from token_swarm.experts.contract import (
     Open,
     OpError,
     OpErrorKind,
+    RowWriter,
     StepResult,
     Truncate,
 )
@@ -188,7 +189,7 @@ class ExpertWorker:
             job.stream.live.update(op.sequence for op in job.ops if isinstance(op, Open))
             job.stream.live.update(op.new for op in job.ops if isinstance(op, Fork))
         started = time.perf_counter()
-        result = self._expert.step(ops)
+        result = self._forward(jobs, ops)
         seconds = time.perf_counter() - started
         self.stats = self._expert.stats()
         self._check(result, len(ops))
@@ -203,6 +204,15 @@ class ExpertWorker:
             transport.put_logits(reply, part.logits, job.stream.segment)
             replies.append(reply)
         return replies
+
+    def _forward(self, jobs: list[_Job], ops: list[Op]) -> StepResult:
+        """The expert's step; the rows of a job that is alone go where its caller reads them."""
+        segment = jobs[0].stream.segment
+        if len(jobs) > 1 or segment is None or not isinstance(self._expert, RowWriter):
+            return self._expert.step(ops)
+        spec = self._expert.spec
+        memory = transport.row_memory(jobs[0].number, spec.vocabulary.width, spec.dtype, segment)
+        return self._expert.step_into(ops, memory)
 
     def _check(self, result: StepResult, n_ops: int) -> None:
         """Raise RuntimeError unless the expert's answer has the form that it promised."""

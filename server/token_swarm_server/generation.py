@@ -24,7 +24,7 @@ from token_swarm.mixing.unit import MixingUnit
 from token_swarm.particle import Mixture
 from token_swarm_server.errors import ExpertUnavailable
 from token_swarm_server.expert_link import ExpertLink, LinkState
-from token_swarm_server.mixing_pool import MixingPool, turns
+from token_swarm_server.mixing_pool import MixingPool, Pause
 from token_swarm_server.observer import Watch
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _PAUSE_SECONDS = 0.02
 _MAX_FAULTS = 3
+_TURNS = 4
+"""Of the event loop: in which a scheduler gets its step on the way."""
 """An expert whose logits are no law so often for one text is not to blame for bad luck: the text ends."""
 
 
@@ -61,6 +63,11 @@ class Round:
     futures: Mapping[str, asyncio.Future[list[Outcome]]]
     asked_at: float
     sent_at: float = 0.0
+
+    @property
+    def answered(self) -> bool:
+        """Whether every expert has answered, or was lost."""
+        return all(future.done() for future in self.futures.values())
 
     def cancel(self) -> None:
         """Drop what was not sent to an expert yet."""
@@ -187,6 +194,7 @@ class Generation:
         self._round: Round | None = None
         self._faults = 0
         self._took = 0.0
+        self._pause: Pause | None = None
 
     @property
     def finish(self) -> Finish:
@@ -235,7 +243,8 @@ class Generation:
                     # Sending keeps the event loop busy for as long as a text's mixing does: first the experts get their
                     # step, of all texts that were answered together.
                     await self._pool.settle()
-                    await turns()
+                    for _ in range(_TURNS):
+                        await asyncio.sleep(0)
                 self._watch.text(len(text.encode()))
                 started = time.perf_counter()
                 yield text
@@ -251,9 +260,22 @@ class Generation:
         calls = self._opened.calls()
         self._watch.mixed(time.perf_counter() - started)
         self._round = self.members.ask(calls) if calls else None
+        self._end_pause()
+
+    def _answered(self, _: object) -> None:
+        if self._pause is None and self._round is not None and self._round.answered:
+            self._pause = self._pool.pause()
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.end()
+            self._pause = None
 
     async def _resume(self, round_: Round) -> None:
         """Give the decoder what came back, and see to the experts that were lost."""
+        for future in round_.futures.values():
+            # Not before: a text whose reader is slow holds up nobody.
+            future.add_done_callback(self._answered)
         outcomes = await self.members.answers(round_)
         answered, self._took = time.perf_counter(), 0.0
         lost = [name for name in round_.futures if name not in outcomes]
@@ -269,6 +291,7 @@ class Generation:
             self._watch.mixed(self._took)
             self._watch.parts.scheduling += time.perf_counter() - answered - self._took
         if lost and not self._opened.finished:
+            self._end_pause()
             await self._without_or_again(lost)
 
     def _mix(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
@@ -316,6 +339,8 @@ class Generation:
         """Free what the text holds at its experts, however it ended."""
         if self._round is not None:
             self._round.cancel()
+            self._round = None
+        self._end_pause()
         if self._decoder is not None:
             self.members.release(self._decoder.close())
 

@@ -11,13 +11,21 @@ from typing import TypeVar
 import torch
 
 _T = TypeVar("_T")
-_TURNS = 4
 
 
-async def turns() -> None:
-    """Let tasks whose futures are done get to their next submission."""
-    for _ in range(_TURNS):
-        await asyncio.sleep(0)
+class Pause:
+    """The time in which a text has been answered and has not asked for its next forwards. To be ended by its text."""
+
+    def __init__(self, pauses: set[asyncio.Future[None]]) -> None:
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pauses = pauses
+        pauses.add(self._over)
+
+    def end(self) -> None:
+        """The text has asked, has ended, or waits for something else. Ending twice does nothing."""
+        if not self._over.done():
+            self._pauses.discard(self._over)
+            self._over.set_result(None)
 
 
 class MixingPool:
@@ -36,7 +44,8 @@ class MixingPool:
             else None
         )
         self._waiting: list[Callable[[], None]] = []
-        self._mixing: set[asyncio.Future[object]] = set()
+        self._mixing = 0
+        self._pauses: set[asyncio.Future[None]] = set()
 
     async def mix(self, job: Callable[[], _T]) -> _T:
         """What `job` returns or raises. A caller that is cancelled waits until the job has ended, for what it works on
@@ -47,20 +56,24 @@ class MixingPool:
             # All texts that one step answered get here within one turn of the loop.
             loop.call_soon(self._start)
         self._waiting.append(partial(self._run, job, done))
-        self._mixing.add(done)  # type: ignore[arg-type]
-        done.add_done_callback(self._mixing.discard)
+        self._mixing += 1
         return await _finished(done)
 
     async def aside(self, job: Callable[[], _T]) -> _T:
-        """As `mix`, for a job that takes long: it never runs in the event loop, and no expert waits for it."""
+        """As `mix`, for a job that takes long: it never runs in the event loop."""
         return await _finished(asyncio.get_running_loop().run_in_executor(self._threads, job))
 
+    def pause(self) -> Pause:
+        """A text has all answers that it waited for."""
+        return Pause(self._pauses)
+
     async def settle(self) -> None:
-        """Return when the texts that are being mixed now have asked for their next forwards; at once if there are
-        none. Those that come meanwhile are not waited for: other experts answer at other times."""
-        if self._mixing:
-            await asyncio.wait(set(self._mixing))
-            await turns()
+        """Return when the texts that pause now have asked for their next forwards; at once if there are none.
+
+        Those that begin to pause meanwhile are not waited for: other experts answer at other times.
+        """
+        if self._pauses:
+            await asyncio.wait(set(self._pauses))
 
     def close(self) -> None:
         """Free the threads."""
@@ -74,18 +87,19 @@ class MixingPool:
             run()
 
     def _run(self, job: Callable[[], _T], done: asyncio.Future[_T]) -> None:
-        if self._threads is None or len(self._mixing) == 1:
-            _take(done, job)
+        if self._threads is None or self._mixing == 1:
+            self._end(done, job)
         else:
             running = asyncio.get_running_loop().run_in_executor(self._threads, job)
-            running.add_done_callback(lambda ended: _take(done, ended.result))
+            running.add_done_callback(lambda ended: self._end(done, ended.result))
 
-
-def _take(done: asyncio.Future[_T], call: Callable[[], _T]) -> None:
-    try:
-        done.set_result(call())
-    except Exception as error:
-        done.set_exception(error)
+    def _end(self, done: asyncio.Future[_T], call: Callable[[], _T]) -> None:
+        try:
+            done.set_result(call())
+        except Exception as error:
+            done.set_exception(error)
+        finally:
+            self._mixing -= 1
 
 
 async def _finished(done: asyncio.Future[_T]) -> _T:

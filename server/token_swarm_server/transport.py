@@ -8,6 +8,7 @@ checks before and after copying: a slot that is stale or half written is an erro
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from token_swarm.experts.contract import RowMemory
+from token_swarm.kernels import memory
 from token_swarm.v1 import expert_pb2
 from token_swarm_server.errors import TransportError
 
@@ -85,7 +88,9 @@ class _Segment:
         """Unmap. The segment cannot be used after that; closing twice does nothing."""
         self._headers = np.empty((0, 0), dtype=np.uint64)
         self._payloads = np.empty((0, 0), dtype=np.uint8)
-        self._map.close()
+        # Rows that a failed step left behind in its traceback keep the memory mapped for as long as they live.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 class SegmentWriter(_Segment):
@@ -111,12 +116,20 @@ class SegmentWriter(_Segment):
         """Take the name away; what is mapped stays mapped."""
         self._path.unlink(missing_ok=True)
 
+    def room(self, step: int, size: int) -> NDArray[np.uint8]:
+        """So many bytes of a step's slot, to put its logits there at once. What the slot held is void from here on."""
+        slot = step % self.slots
+        self._headers[slot][0] = 0
+        return self._payloads[slot, :size]
+
     def write(self, step: int, data: NDArray[np.uint8]) -> int:
-        """Put the logits of a step (at least 1) into its slot; returns the slot's number."""
+        """Put the logits of a step (at least 1) into its slot, unless they are there; returns the slot's number."""
         slot = step % self.slots
         header = self._headers[slot]
         header[0] = 0
-        self._payloads[slot, : len(data)] = data
+        payload = self._payloads[slot, : len(data)]
+        if payload.ctypes.data != data.ctypes.data:
+            payload[:] = data
         header[1] = len(data)
         header[0] = step
         return slot
@@ -173,6 +186,18 @@ class SegmentReader(_Segment):
             )
 
 
+def row_memory(step: int, width: int, dtype: torch.dtype, segment: SegmentWriter) -> RowMemory:
+    """Where an expert may put the logit rows of a step, so that `put_logits` finds them in their slot."""
+
+    def rows_memory(rows: int) -> torch.Tensor:
+        size = rows * width * dtype.itemsize
+        if not rows or size > segment.slot_bytes:
+            return torch.empty(rows, width, dtype=dtype)
+        return torch.from_numpy(segment.room(step, size)).view(dtype).view(rows, width)
+
+    return rows_memory
+
+
 def put_logits(reply: expert_pb2.StepReply, logits: torch.Tensor, segment: SegmentWriter | None) -> None:
     """Add logits [rows, width] to a reply: to a slot where one can hold them, else inline."""
     if not len(logits):
@@ -201,7 +226,7 @@ def take_logits(
         raise TransportError(f"inline: {len(reply.inline)} bytes, expected {size}")
     if size > MAX_MESSAGE_BYTES:
         raise TransportError(f"logits: {size} bytes are more than the {MAX_MESSAGE_BYTES} of a message")
-    logits = torch.empty((rows, reply.width), dtype=dtype)
+    logits = memory.empty((rows, reply.width), dtype)
     if held == "inline":
         as_bytes(logits)[:] = np.frombuffer(reply.inline, dtype=np.uint8)
     elif segment is not None and rows:

@@ -7,9 +7,14 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from token_swarm_server.mixing_pool import MixingPool, turns
+from token_swarm_server.mixing_pool import MixingPool
 
 SECONDS = 20.0
+
+
+async def turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -74,34 +79,25 @@ async def test_a_cancelled_text_is_left_alone_only_when_its_job_has_ended(pool: 
     await texts[1]
 
 
-async def test_settling_waits_for_those_that_are_mixed_until_they_have_asked_again(pool: MixingPool) -> None:
-    go, begun, asked = threading.Event(), threading.Event(), []
-
-    def job() -> None:
-        begun.set()
-        go.wait(SECONDS)
-
-    async def text(name: int) -> None:
-        await pool.mix(job)
-        asked.append(name)
-
+async def test_settling_waits_for_those_that_pause_now(pool: MixingPool) -> None:
     await asyncio.wait_for(pool.settle(), SECONDS)  # nobody: at once
-    texts = [asyncio.create_task(text(name)) for name in range(2)]
-    await asyncio.to_thread(begun.wait, SECONDS)
+    first, second = pool.pause(), pool.pause()
     settled = asyncio.create_task(pool.settle())
     await turns()
+    later = pool.pause()
+    first.end()
+    first.end()
+    await turns()
     assert not settled.done()
-    go.set()
-    await settled
-    assert sorted(asked) == [0, 1]
-    await asyncio.gather(*texts)
+    second.end()
+    await asyncio.wait_for(settled, SECONDS)
+    later.end()
 
 
 async def test_a_long_job_holds_nobody_up(pool: MixingPool) -> None:
     go = threading.Event()
     long = asyncio.create_task(pool.aside(lambda: go.wait(SECONDS)))
     await turns()
-    await asyncio.wait_for(pool.settle(), SECONDS)
     assert await pool.mix(threading.get_ident) == threading.get_ident()
     go.set()
     assert await long

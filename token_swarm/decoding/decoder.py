@@ -17,7 +17,7 @@ from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.decoding.text import StopMatcher, Utf8Stream
 from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.stopwatch import Part, Stopwatch
-from token_swarm.mixing.unit import MixingUnit
+from token_swarm.mixing.unit import MixingUnit, Need
 
 _STRETCH = 64
 """Bytes that are chosen at most before stop strings are looked for again."""
@@ -85,6 +85,7 @@ class Decoder:
         self._sampler = Sampler(greedy=request.shaping.greedy, seed=request.seed, script=forced)
         self._stops = StopMatcher(request.stop)
         self._utf8 = Utf8Stream()
+        self._needs: Sequence[Need] | None = None  # what the unit is known to need now
         self._forced = forced
         self._text = bytearray()
         self._shown = 0
@@ -130,7 +131,7 @@ class Decoder:
         self._earlier_tokens += self._unit.fewest_tokens()
         self._earlier_retired = max(self._earlier_retired, self._unit.retired)
         closing = self._forwards.close()
-        self._unit = unit
+        self._unit, self._needs = unit, None
         self._unit.stopwatch = self.stopwatch
         self._forwards = Forwards(unit, self._allocate, self._lanes_per_expert)
         return closing
@@ -140,7 +141,7 @@ class Decoder:
         if self.finished:
             return {}
         try:
-            return self._forwards.calls()
+            return self._forwards.calls(self._unit.due() if self._needs is None else self._needs)
         except ContextFull:
             self._finish(FinishReason.CONTEXT_FULL, len(self._text))
             return {}
@@ -148,12 +149,15 @@ class Decoder:
     def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         """Take what the last `calls` returned, and go on until the next forward is needed. Raises as
         `Forwards.resume` does."""
+        self._needs = None
         try:
             self._forwards.resume(outcomes)
         except ContextFull:
             self._finish(FinishReason.CONTEXT_FULL, len(self._text))
-        while not self.finished and not self._unit.due():
+        while not self.finished and not (needs := self._unit.due()):
             self._walk()
+        if not self.finished:
+            self._needs = needs
 
     def take_text(self) -> str:
         """Text that became showable since the last call: complete code points only."""

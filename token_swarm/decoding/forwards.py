@@ -53,10 +53,10 @@ class Forwards:
         self.histories: list[set[tuple[int, ...]]] = [set() for _ in unit.groups]
         """Per group: the histories that were forwarded."""
 
-    def calls(self) -> Calls:
-        """What must run before the unit has a law; empty when it has one. Raises ContextFull."""
+    def calls(self, needs: Sequence[Need]) -> Calls:
+        """What must run before the unit has a law, which `needs` says; empty when it has one. Raises ContextFull."""
         known = {(wanted.need.group, wanted.need.tokens): wanted.rows for wanted in self._wanted}
-        self._wanted = [_Wanted(need, known.get((need.group, need.tokens), {})) for need in self._unit.due()]
+        self._wanted = [_Wanted(need, known.get((need.group, need.tokens), {})) for need in needs]
         calls: Calls = {}
         self._placed = {}
         for name, table in self._lanes.items():

@@ -6,9 +6,9 @@ The laws an implementation must keep are in `token_swarm.experts.laws`, as asser
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -181,4 +181,17 @@ class Expert(Protocol):
 
     def close(self) -> None:
         """Free the model and every sequence."""
+        ...
+
+
+RowMemory: TypeAlias = Callable[[int], torch.Tensor]
+"""Gives memory for at most so many logit rows: [rows, vocabulary width], CPU, the expert's dtype."""
+
+
+@runtime_checkable
+class RowWriter(Protocol):
+    """An expert that can put logit rows where its host wants them, which spares a copy of all of them."""
+
+    def step_into(self, ops: Sequence[Op], memory: RowMemory | None) -> StepResult:
+        """As `Expert.step`; `logits` begin where the memory does, if there is any."""
         ...

@@ -19,6 +19,7 @@ from token_swarm.experts.contract import (
     Open,
     OpError,
     OpErrorKind,
+    RowMemory,
     Rows,
     StepResult,
     Truncate,
@@ -81,13 +82,15 @@ def planned_step(
     plan: Callable[[Op, int, torch.Tensor], None],
     flush: Callable[[torch.Tensor], None],
     give_up: Callable[[], None],
+    memory: RowMemory | None = None,
 ) -> StepResult:
-    """A step of a backend that queues operations and forwards them together, as `Expert.step`.
+    """A step of a backend that queues operations and forwards them together, as `RowWriter.step_into`.
 
     `plan(op, row, logits)` queues an operation whose first logit row is `row`, while `lengths` are those before it;
     `flush(logits)` forwards what is queued and writes the rows. `give_up` follows an error of either.
     """
-    logits = torch.empty(sum(map(row_count, ops)), spec.vocabulary.width, dtype=spec.dtype)
+    bound = sum(map(row_count, ops))
+    logits = torch.empty(bound, spec.vocabulary.width, dtype=spec.dtype) if memory is None else memory(bound)
     spans: list[tuple[int, int]] = []
     errors: list[OpError | None] = []
     row = 0

@@ -16,6 +16,7 @@ from token_swarm.experts.contract import (
     Fork,
     Op,
     Open,
+    RowMemory,
     StepResult,
     Truncate,
 )
@@ -124,8 +125,18 @@ class VllmExpert:
 
     def step(self, ops: Sequence[Op]) -> StepResult:
         """See `Expert.step`. If a forward fails, every sequence is closed before the error is raised."""
+        return self.step_into(ops, None)
+
+    def step_into(self, ops: Sequence[Op], memory: RowMemory | None) -> StepResult:
+        """See `RowWriter.step_into`."""
         return planned_step(
-            ops, self._lengths, self._spec, plan=self._plan, flush=self._flush, give_up=self._release_all
+            ops,
+            self._lengths,
+            self._spec,
+            plan=self._plan,
+            flush=self._flush,
+            give_up=self._release_all,
+            memory=memory,
         )
 
     def stats(self) -> ExpertStats:

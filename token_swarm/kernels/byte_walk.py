@@ -93,6 +93,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ts_history": (_I64, [_PTR, _I64, _I32, _PTR, _I64]),
     "ts_put_law": (None, [_PTR, _I64, _I32, _PTR, _I64, _PTR]),
     "ts_feed": (None, [_PTR, _I64, _I64, _I32]),
+    "ts_used_laws": (_I64, [_PTR, _I64, _PTR, _I64]),
     "ts_group_law": (None, [_PTR, _I64, _PTR]),
     "ts_member_masses": (None, [_PTR, _I64, _I32, _PTR]),
     "ts_reaches": (_I32, [_PTR, _I64, _I32]),
@@ -158,9 +159,13 @@ class Stretch:
 
 def law_view(probabilities: npt.NDArray[Any], cumulative: npt.NDArray[np.float64], end: float) -> LawView:
     """A law by address: the arrays must outlive its use. probabilities: float32 or float64 [tokens], byte-sorted."""
-    return LawView(
-        probabilities.ctypes.data, cumulative.ctypes.data, end, int(probabilities.dtype == np.dtype(np.float64))
-    )
+    return LawView(_address(probabilities), _address(cumulative), end, int(probabilities.dtype == np.float64))
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    # `array.ctypes` makes an object first, which costs ten times as much.
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class ByteWalk:
@@ -220,9 +225,16 @@ class ByteWalk:
         table = (LawView * len(members))(*members)
         self._library.ts_put_law(self.handle, group, slot, ctypes.byref(own), len(members), table)
 
-    def feed(self, group: int, key: int, slot: int) -> None:
-        """Give the law in a slot to a cold head."""
+    def feed(self, group: int, key: int, slot: int) -> list[int]:
+        """Give the law in a slot to a cold head; returns the slots that heads have laws in after that."""
+        room = 32
         self._library.ts_feed(self.handle, group, key, slot)
+        while True:
+            slots = (_I32 * room)()
+            count = self._library.ts_used_laws(self.handle, group, slots, room)
+            if count <= room:
+                return slots[:count]
+            room = count
 
     def law(self, group: int) -> npt.NDArray[np.float64]:
         """A group's next-symbol law: [257]."""

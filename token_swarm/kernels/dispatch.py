@@ -34,7 +34,7 @@ def _on_cuda() -> ModuleType:
 
 def _for(*tensors: Tensor) -> ModuleType:
     """The implementation for these inputs; float64 is the eager one's, the others work in float32."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
+    if torch.float64 in [tensor.dtype for tensor in tensors]:
         return eager
     if tensors[0].device.type == "cuda":
         return _on_cuda()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from token_swarm.kernels import memory
 from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
 
@@ -99,7 +100,7 @@ def mix(logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: R
     tables, own, heat = _Tables(logits), _doubles(weights), _doubles(temperatures)
     mask = allowed.contiguous()
     rows, experts = own.shape
-    out = torch.empty((rows, mask.numel()), dtype=torch.float32)
+    out = memory.empty((rows, mask.numel()), torch.float32)
     _call(
         "ts_mix", rows, mask.numel(), experts, tables.rows, tables.dtypes, tables.strides, own.data_ptr(),
         heat.data_ptr(), rule is Rule.LOG_LINEAR, mask.data_ptr(), out.data_ptr(),
@@ -143,7 +144,7 @@ def mix_union(
     tables, own, heat = _Tables(logits), _doubles(weights), _doubles(temperatures)
     known = _tables_of(union, [table.shape[-1] for table in logits])
     rows, experts = own.shape
-    out = torch.empty((rows, union.size), dtype=torch.float32)
+    out = memory.empty((rows, union.size), torch.float32)
     _call(
         "ts_mix_union", rows, experts, tables.rows, tables.dtypes, tables.strides, known.widths, own.data_ptr(),
         heat.data_ptr(), rule is Rule.LOG_LINEAR, floor, known.masks, union.size, known.ids.data_ptr(),
@@ -186,8 +187,8 @@ def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.prefix_mass`."""
     rows, width = probabilities.shape
     table, ids = probabilities.contiguous(), order.to(torch.int32).contiguous()
-    ordered = torch.empty((rows, order.numel()), dtype=torch.float32)
-    cumulative = torch.empty((rows, order.numel() + 1), dtype=torch.float64)
+    ordered = memory.empty((rows, order.numel()), torch.float32)
+    cumulative = memory.empty((rows, order.numel() + 1), torch.float64)
     _call(
         "ts_prefix_mass", rows, width, order.numel(), table.data_ptr(), ids.data_ptr(),
         ordered.data_ptr(), cumulative.data_ptr(),

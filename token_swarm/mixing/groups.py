@@ -50,7 +50,7 @@ class Group:
         """The vocabulary all members share."""
         return self.experts[0].vocabulary
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the members, in the order of the expert list."""
         return tuple(spec.name for spec in self.experts)

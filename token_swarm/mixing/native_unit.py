@@ -56,11 +56,10 @@ class NativeGroup:
 
     def feed(self, head: NativeHead, law: ByteLaw) -> None:
         """See `ByteGroup.feed`."""
-        used = {view.law for view in self._walk.heads(self._index, Which.ALL)}
-        self._laws = {slot: own for slot, own in self._laws.items() if slot in used}
         slot = next(slot for slot in range(len(self._laws) + 1) if slot not in self._laws)
         self._put(slot, law)
-        self._walk.feed(self._index, head.key, slot)
+        used = self._walk.feed(self._index, head.key, slot)
+        self._laws = {slot: self._laws[slot] for slot in used}
 
     def _put(self, slot: int, law: ByteLaw) -> None:
         self._laws[slot] = law

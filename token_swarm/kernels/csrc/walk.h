@@ -527,6 +527,15 @@ TS_API void ts_put_law(void* sequence, int64_t group, int32_t slot, const LawVie
 // ... and gives the law in a slot to a cold head.
 TS_API void ts_feed(void* sequence, int64_t group, int64_t key, int32_t slot) { TS_GROUP.feed(key, slot); }
 
+// The slots whose laws heads have, each once, to out: [room]. Returns how many there are.
+TS_API int64_t ts_used_laws(void* sequence, int64_t group, int32_t* out, int64_t room) {
+    std::vector<int32_t> used;
+    for (const Head& head : TS_GROUP.heads)
+        if (head.law >= 0 && std::find(used.begin(), used.end(), head.law) == used.end()) used.push_back(head.law);
+    for (size_t i = 0; i < used.size() && int64_t(i) < room; i++) out[i] = used[i];
+    return int64_t(used.size());
+}
+
 TS_API void ts_group_law(void* sequence, int64_t group, double* out) {
     const double* law = TS_GROUP.law();
     std::copy(law, law + SYMBOL_COUNT, out);
