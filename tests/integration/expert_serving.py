@@ -12,6 +12,7 @@ import torch
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_server import ExpertServer
 
+from token_swarm.experts.contract import StepResult
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.v1 import expert_pb2
 from token_swarm.vocabulary import Vocabulary
@@ -55,6 +56,21 @@ class Watched(ToyExpert):
     def close(self):
         self.closed = True
         super().close()
+
+
+class Writing(ToyExpert):
+    """Puts its rows into the memory that it is given."""
+
+    def __init__(self):
+        super().__init__("toy", VOCABULARY, max_sequences=64)
+        self.placed = 0
+
+    def step_into(self, ops, memory):
+        result = self.step(ops)
+        logits = memory(len(result.logits) + 2)[: len(result.logits)]
+        logits[:] = result.logits
+        self.placed += len(logits)
+        return StepResult(logits, result.spans, result.errors)
 
 
 @asynccontextmanager

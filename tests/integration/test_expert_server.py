@@ -20,6 +20,7 @@ from tests.integration.expert_serving import (
     SHM,
     VOCABULARY,
     Watched,
+    Writing,
     connected,
     eventually,
     every_transport,
@@ -30,6 +31,7 @@ from token_swarm.errors import BadParameter
 from token_swarm.experts import laws
 from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows
 from token_swarm.v1 import expert_pb2, expert_pb2_grpc
+from token_swarm.vocabulary import Vocabulary
 
 
 class Remote:
@@ -104,6 +106,27 @@ async def test_spec_encode_and_tokenize_are_those_of_the_expert(tmp_path):
             with pytest.raises(BadParameter, match="surrogates"):
                 await ask("\ud800")
         assert await connection.tokenize("ab") == expert.tokenize("ab"), "the server must live on"
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+async def test_the_laws_hold_for_an_expert_that_writes_its_rows_where_they_are_read(tmp_path, law):
+    expert = Writing()
+    async with serving(expert, tmp_path) as server, connected(server, tmp_path) as connection:
+        remote = Remote(connection, asyncio.get_running_loop())
+        await asyncio.to_thread(law, remote, np.random.default_rng(0), 0.0)
+    assert expert.placed
+
+
+async def test_a_vocabulary_that_is_known_is_neither_read_nor_held_twice(tmp_path):
+    async with serving(toy(), tmp_path) as server:
+        connection = await ExpertConnection.connect(server.address, "toy", cache=tmp_path / "cache", known=VOCABULARY)
+        assert connection.spec.vocabulary is VOCABULARY
+        await connection.close()
+        assert not (tmp_path / "cache").exists()
+        other = Vocabulary((*VOCABULARY.token_bytes, None), eos_ids=VOCABULARY.eos_ids)
+        connection = await ExpertConnection.connect(server.address, "toy", cache=tmp_path / "cache", known=other)
+        assert connection.spec.vocabulary == VOCABULARY
+        await connection.close()
 
 
 async def test_the_vocabulary_is_cached_and_a_damaged_cache_is_replaced(tmp_path):

@@ -5,8 +5,10 @@ beside texts that are being written.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from token_swarm_server.batching import ALONE, SHORT, ExpertScheduler
 from token_swarm_server.counts import Counts
 from token_swarm_server.errors import ExpertUnavailable
+from token_swarm_server.mixing_pool import MixingPool, Pause
 from token_swarm_server.observer import Observer
 from token_swarm_server.wire import row_count
 
@@ -285,3 +288,29 @@ async def test_a_request_learns_where_its_time_went(tmp_path: Path) -> None:
         assert spent.compute > 0
         assert len(expert.steps) == 6
         assert spent.queue + spent.compute + spent.transport <= (watch.ended_at or 0) - watch.started_at
+
+
+@pytest.mark.parametrize("settling", [True, False], ids=["waits", "does not wait"])
+async def test_a_step_waits_for_texts_that_it_could_take_along(tmp_path: Path, settling: bool) -> None:
+    """Two texts that one step answered are in the next one together, though one of them takes longer to ask."""
+    pool = MixingPool(2)
+    async with recorded(tmp_path, **({"settle": pool.settle} if settling else {})) as (expert, scheduler):
+
+        async def write(sequence: int) -> None:
+            op: Open | Extend = Open(sequence, (1,))
+            pauses: list[Pause] = []
+            for _ in range(10):
+                asked = scheduler.submit([op])
+                asked.add_done_callback(lambda _: pauses.append(pool.pause()))
+                while pauses:
+                    pauses.pop().end()
+                await asked
+                await pool.mix(partial(time.sleep, 0.01 * sequence))
+                op = Extend(sequence, (2,))
+            pauses.pop().end()
+
+        await asyncio.gather(write(0), write(1))
+        together = sum(count == 2 for count in expert.fed)
+        # Without waiting, which is the mutant, the faster text is always a step ahead.
+        assert together == 10 if settling else together < 5
+    pool.close()

@@ -54,6 +54,50 @@ def test_logits_survive_both_transports(segment, dtype, rows):
     assert reply.WhichOneof("logits") == (None if rows == 0 else "slot" if fits else "inline")
 
 
+@pytest.mark.parametrize("dtype", wire.DTYPES.values(), ids=str)
+def test_rows_that_are_written_where_they_are_read_are_not_copied(segment, dtype, monkeypatch):
+    writer, reader = segment
+    for number in range(1, 5):
+        memory = transport.row_memory(number, 3, dtype, writer)
+        logits = memory(4)[:2]
+        logits[:] = torch.randn(2, 3)
+        reply = reply_for(logits, number)
+        with monkeypatch.context() as patch:
+            # Had the rows been elsewhere, they would have been put here.
+            patch.setattr(writer, "_payloads", Untouchable(writer._payloads))
+            transport.put_logits(reply, logits, writer)
+        taken = transport.take_logits(reply, 2, dtype, reader)
+        assert torch.equal(taken, logits)
+
+
+class Untouchable:
+    """A table of which parts may be had, but not set."""
+
+    def __init__(self, table):
+        self._table = table
+
+    def __getitem__(self, key):
+        part = self._table[key].view()
+        part.flags.writeable = False
+        return part
+
+
+def test_rows_that_no_slot_can_hold_travel_inline(segment):
+    logits = transport.row_memory(1, 3, torch.float32, segment[0])(SLOT_BYTES)
+    logits[:] = torch.randn(SLOT_BYTES, 3)
+    transport.put_logits(reply := reply_for(logits), logits, segment[0])
+    assert reply.WhichOneof("logits") == "inline"
+
+
+def test_a_slot_that_is_being_written_is_void(segment):
+    writer, reader = segment
+    logits = torch.randn(2, 3)
+    transport.put_logits(reply := reply_for(logits, 2), logits, writer)
+    transport.row_memory(4, 3, torch.float32, writer)(2)
+    with pytest.raises(TransportError, match="slot 0 holds"):
+        transport.take_logits(reply, 2, torch.float32, reader)
+
+
 def test_a_strided_view_is_sent_as_the_rows_it_shows(segment):
     logits = torch.arange(24.0).reshape(4, 6)[::2, ::2]
     reply = reply_for(logits)
