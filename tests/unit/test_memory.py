@@ -52,6 +52,13 @@ def test_arrays_that_live_never_share_memory_whatever_thread_asks() -> None:
     assert not failures
 
 
+def test_a_smaller_array_may_take_the_place_of_a_larger_one() -> None:
+    first = memory.empty((2 * WIDTH,), torch.float32)
+    address = first.data_ptr()
+    del first
+    assert memory.empty((2 * WIDTH - 100,), torch.float32).data_ptr() == address
+
+
 def test_what_is_kept_is_bounded() -> None:
     size = memory.LEAST_BYTES * 4
     held = [memory.empty((size,), torch.uint8) for _ in range(3 * memory.KEPT_BYTES // size)]

@@ -7,6 +7,7 @@ a page that is touched for the first time costs as much as what is computed in i
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
 from collections import deque
 
@@ -17,9 +18,8 @@ from torch import Tensor
 
 LEAST_BYTES = 2**16
 """Smaller arrays are left to the allocator."""
-KEPT_BYTES = 2**24
+KEPT_BYTES = 2**23
 """Blocks of one size that wait to be used again have at most so many bytes, or are two."""
-_LINE = 64
 
 _kept: dict[int, deque[npt.NDArray[np.uint8]]] = {}
 
@@ -29,17 +29,18 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype)
-    kept = _kept.get(size)
+    # Few sizes, so that most blocks fit what comes next; what is beyond the array is never touched.
+    capacity = 1 << (size - 1).bit_length()
+    kept = _kept.get(capacity)
     if kept is None:
-        kept = _kept.setdefault(size, deque(maxlen=max(2, KEPT_BYTES // size)))
+        kept = _kept.setdefault(capacity, deque(maxlen=max(2, KEPT_BYTES // capacity)))
     try:
         block = kept.pop()
     except IndexError:
-        # On a cache line, as torch has it.
-        raw = np.empty(size + _LINE, dtype=np.uint8)
-        start = -raw.ctypes.data % _LINE
-        block = raw[start : start + size]
+        # Not from the allocator: what such blocks leave behind in its heap is held for ever and used by nobody.
+        pages = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = np.frombuffer(pages, dtype=np.uint8)
     # The tensor, and every view of it, holds on to this array and to nothing else of the block.
-    lent = block[:]
+    lent = block[:size]
     weakref.finalize(lent, kept.append, block).atexit = False
     return torch.from_numpy(lent).view(dtype).view(shape)

@@ -41,8 +41,10 @@ def serve(
       token-swarm serve --config examples/demo.yaml
       TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve --config examples/demo.yaml
     """
+    from token_swarm_server.allocator import give_back_large_blocks
     from token_swarm_server.grpc_host import public_access
 
+    give_back_large_blocks()
     given = ({"listen": listen} if listen else {}) | ({"allow_insecure": True} if allow_insecure else {})
     settings = load_settings(config, **({"coordinator": given} if given else {}))
     logs.configure(log_format, log_level)
