@@ -152,7 +152,7 @@ async def test_an_address_where_nothing_runs_is_named(tmp_path, monkeypatch):
 def test_threads_default_to_a_fair_share_of_the_cores(monkeypatch):
     from token_swarm_server import launcher
 
-    monkeypatch.setattr(launcher, "_cores", lambda: [0, 1, 2, 3, 6])
+    monkeypatch.setattr(launcher, "available_cores", lambda: [0, 1, 2, 3, 6])
     assert [launcher._default_threads(n) for n in (1, 2, 3, 9)] == [5, 2, 1, 1]
     experts = {"a": ExpertSettings(model="m", threads=3), "b": ExpertSettings(model="m")}
     assert launcher._share_cores(experts) == {"a": {0, 1, 2}, "b": {3, 6}}
