@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from token_swarm import memory
 from token_swarm.experts.contract import RowMemory
-from token_swarm.kernels import memory
 from token_swarm.v1 import expert_pb2
 from token_swarm_server.errors import TransportError
 

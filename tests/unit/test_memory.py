@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from token_swarm.kernels import memory
+from token_swarm import memory
 
 WIDTH = memory.LEAST_BYTES // 4
 

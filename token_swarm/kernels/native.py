@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from token_swarm.kernels import memory
+from token_swarm import memory
 from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
 
