@@ -21,7 +21,7 @@ from rich.console import Console
 from token_swarm_server.benchmark.plan import Plan
 from token_swarm_server.benchmark.tables import Table
 
-from bench.common import DEMO_EXPERTS, print_facts, with_facts
+from bench.common import DEMO_EXPERTS, print_facts, print_json
 from bench.compare import Round, Swarm, round_ratios, swarm_turn
 from bench.kernels import interleaved
 from token_swarm.kernels import dispatch, eager
@@ -133,7 +133,7 @@ def main() -> None:
     failed = worse(samples, baseline)
     if options.json:
         figures: dict[str, Any] = {"ratios": samples, "medians": medians, "baseline": baseline, "worse": failed}
-        print(json.dumps(with_facts("check", figures)))
+        print_json("check", figures)
     else:
         print_facts()
         Console().print(table(samples, baseline).rich())

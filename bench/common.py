@@ -16,14 +16,9 @@ RESULTS = Path(__file__).parent / "results"
 DEMO_EXPERTS = ("smollm2", "gemma3")
 
 
-def with_facts(benchmark: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures with the machine, the versions and the git revision beside them."""
-    return {"benchmark": benchmark, "facts": machine_facts(), **figures}
-
-
 def print_json(benchmark: str, figures: Mapping[str, Any]) -> None:
-    """One JSON object on standard output."""
-    print(json.dumps(with_facts(benchmark, figures)))
+    """One JSON object on standard output: figures with the machine, the versions and the git revision beside them."""
+    print(json.dumps({"benchmark": benchmark, "facts": machine_facts(), **figures}))
 
 
 def print_facts() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import signal
@@ -34,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.common import DEMO_EXPERTS, print_facts, with_facts
+from bench.common import DEMO_EXPERTS, print_facts, print_json
 from bench.soaking.processes import Processes, eventually
 from bench.soaking.traffic import Traffic, summary
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
@@ -332,7 +331,7 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     found = document(options, *asyncio.run(soak(options)))
     if options.json:
-        print(json.dumps(with_facts("soak", found)))
+        print_json("soak", found)
     else:
         print_facts()
         Console().print(table(found))

@@ -5,10 +5,8 @@ Every backend keeps its own KV, but all of them answer a bad operation alike: th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping
 from typing import assert_never
-
-import torch
 
 from token_swarm.experts.contract import (
     Close,
@@ -19,9 +17,7 @@ from token_swarm.experts.contract import (
     Open,
     OpError,
     OpErrorKind,
-    RowMemory,
     Rows,
-    StepResult,
     Truncate,
 )
 
@@ -57,7 +53,7 @@ def refusal(op: Op, lengths: Mapping[int, int], spec: ExpertSpec) -> OpError | N
             assert_never(op)
 
 
-def apply_lengths(op: Op, lengths: MutableMapping[int, int]) -> None:
+def apply_lengths(op: Op, lengths: dict[int, int]) -> None:
     """Record in `lengths` what `op`, which was not refused, does to them."""
     match op:
         case Open(sequence, tokens):
@@ -72,43 +68,6 @@ def apply_lengths(op: Op, lengths: MutableMapping[int, int]) -> None:
             lengths.pop(sequence, None)
         case _:
             assert_never(op)
-
-
-def planned_step(
-    ops: Sequence[Op],
-    lengths: MutableMapping[int, int],
-    spec: ExpertSpec,
-    *,
-    plan: Callable[[Op, int, torch.Tensor], None],
-    flush: Callable[[torch.Tensor], None],
-    give_up: Callable[[], None],
-    memory: RowMemory | None = None,
-) -> StepResult:
-    """A step of a backend that queues operations and forwards them together, as `RowWriter.step_into`.
-
-    `plan(op, row, logits)` queues an operation whose first logit row is `row`, while `lengths` are those before it;
-    `flush(logits)` forwards what is queued and writes the rows. `give_up` follows an error of either.
-    """
-    bound = sum(map(row_count, ops))
-    logits = torch.empty(bound, spec.vocabulary.width, dtype=spec.dtype) if memory is None else memory(bound)
-    spans: list[tuple[int, int]] = []
-    errors: list[OpError | None] = []
-    row = 0
-    try:
-        for op in ops:
-            error = refusal(op, lengths, spec)
-            first = row
-            if error is None:
-                plan(op, first, logits)
-                apply_lengths(op, lengths)
-                row += row_count(op)
-            errors.append(error)
-            spans.append((first, row))
-        flush(logits)
-    except BaseException:
-        give_up()
-        raise
-    return StepResult(logits[:row], tuple(spans), tuple(errors))
 
 
 def row_count(op: Op) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,21 @@ import torch
 
 from token_swarm.experts.contract import (
     Close,
-    EncodedPrompt,
     ExpertSpec,
     ExpertStats,
     Extend,
     Fork,
     Op,
     Open,
-    RowMemory,
-    StepResult,
 )
 from token_swarm.experts.cpu_linear import pack_linears
-from token_swarm.experts.ops import planned_step, row_count
+from token_swarm.experts.ops import row_count
 from token_swarm.experts.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
+from token_swarm.experts.planned import PlannedExpert
 from token_swarm.experts.slot_cache import SlotCache
 from token_swarm.experts.tokenizer_spec import expert_spec
 from token_swarm.experts.transformers_check import CONTEXT, SEQUENCES, PlainForward
-from token_swarm.experts.transformers_loading import ExpertLoadError, context_limit, device_of, load
+from token_swarm.experts.transformers_loading import ExpertLoadError, context_limit, device_of, load, require_at_least
 from token_swarm.experts.transformers_prompt import PromptEncoder
 
 __all__ = ["ExpertLoadError", "TransformersExpert"]
@@ -46,7 +44,7 @@ class _Waiting:
     wanted: list[tuple[int, int]] = field(default_factory=list)
 
 
-class TransformersExpert:
+class TransformersExpert(PlannedExpert):
     """An expert backed by a Hugging Face causal LM.
 
     A step runs one forward for every operation that does not depend on another of the same step; operations
@@ -71,10 +69,10 @@ class TransformersExpert:
         else float32. `threads` sets torch's intra-op threads for the whole process (None leaves them).
         `max_context` is lowered to what the model knows. Raises ExpertLoadError.
         """
-        _at_least("max_sequences", max_sequences, SEQUENCES)
-        _at_least("max_context", max_context, CONTEXT)
+        require_at_least("max_sequences", max_sequences, SEQUENCES)
+        require_at_least("max_context", max_context, CONTEXT)
         if threads is not None:
-            _at_least("threads", threads, 1)
+            require_at_least("threads", threads, 1)
             torch.set_num_threads(threads)
         self._device = device_of(device)
         self._model, tokenizer = load(model, self._device, dtype)
@@ -96,35 +94,6 @@ class TransformersExpert:
         except (TypeError, RuntimeError, LookupError) as error:
             message = f"model: {self._spec.architecture} cannot be served in packed batches: {error}"
             raise ExpertLoadError(message) from error
-
-    @property
-    def spec(self) -> ExpertSpec:
-        """Constant facts about the expert."""
-        return self._spec
-
-    def encode(self, prompt: str, *, chat: bool = False) -> EncodedPrompt:
-        """See `Expert.encode`. What looks like a special token in `prompt` stays plain text."""
-        return self._prompts.encode(prompt, chat=chat)
-
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """See `Expert.tokenize`. Raises ValueError when the tokenizer does not reproduce `text`."""
-        return self._prompts.tokenize(text)
-
-    def step(self, ops: Sequence[Op]) -> StepResult:
-        """See `Expert.step`. If a forward fails, every sequence is closed before the error is raised."""
-        return self.step_into(ops, None)
-
-    def step_into(self, ops: Sequence[Op], memory: RowMemory | None) -> StepResult:
-        """See `RowWriter.step_into`."""
-        return planned_step(
-            ops,
-            self._lengths,
-            self._spec,
-            plan=self._plan,
-            flush=self._flush,
-            give_up=self._release_all,
-            memory=memory,
-        )
 
     def stats(self) -> ExpertStats:
         """See `Expert.stats`."""
@@ -228,11 +197,6 @@ class TransformersExpert:
         self._lengths.clear()
         self._clear_plan()
         self._cache.release_all()
-
-
-def _at_least(field_name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ExpertLoadError(f"{field_name}: {value} is not allowed, at least {least} is needed")
 
 
 def _spec(name: str, model: Any, tokenizer: Any, max_sequences: int, max_context: int) -> ExpertSpec:

@@ -17,6 +17,12 @@ class ExpertLoadError(ValueError):
     """A model that cannot be loaded, or cannot be served as an expert."""
 
 
+def require_at_least(field_name: str, value: int, least: int) -> None:
+    """Raise ExpertLoadError for an argument that is too small."""
+    if value < least:
+        raise ExpertLoadError(f"{field_name}: {value} is not allowed, at least {least} is needed")
+
+
 def load(model: str | Path, device: torch.device, dtype: str) -> tuple[Any, Any]:
     """The causal LM and the tokenizer of a directory or hub id, in evaluation mode on `device`.
 

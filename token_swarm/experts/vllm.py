@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from token_swarm.experts.contract import (
     Close,
-    EncodedPrompt,
-    ExpertSpec,
     ExpertStats,
     Extend,
     Fork,
     Op,
     Open,
-    RowMemory,
-    StepResult,
     Truncate,
 )
-from token_swarm.experts.ops import planned_step, row_count
+from token_swarm.experts.ops import row_count
+from token_swarm.experts.planned import PlannedExpert
 from token_swarm.experts.tokenizer_spec import expert_spec
-from token_swarm.experts.transformers_loading import ExpertLoadError, context_limit, load_tokenizer, source_of
+from token_swarm.experts.transformers_loading import (
+    ExpertLoadError,
+    context_limit,
+    load_tokenizer,
+    require_at_least,
+    source_of,
+)
 from token_swarm.experts.transformers_prompt import PromptEncoder
 from token_swarm.experts.vllm_check import CONTEXT, SEQUENCES, check_sessions
 from token_swarm.experts.vllm_engine import Chunk, VllmEngine, check_installed
@@ -32,7 +35,7 @@ from token_swarm.experts.vllm_sessions import KvShare, Session
 __all__ = ["ExpertLoadError", "VllmExpert"]
 
 
-class VllmExpert:
+class VllmExpert(PlannedExpert):
     """An expert backed by vLLM.
 
     Sequences are sessions of vLLM; a fork and a sequence that lost its KV to others are forwarded anew when they are
@@ -64,10 +67,10 @@ class VllmExpert:
         except ValueError as error:
             raise ExpertLoadError(str(error)) from error
         check_installed()
-        _at_least("max_sequences", max_sequences, SEQUENCES)
-        _at_least("max_context", max_context, CONTEXT)
+        require_at_least("max_sequences", max_sequences, SEQUENCES)
+        require_at_least("max_context", max_context, CONTEXT)
         if threads is not None:
-            _at_least("threads", threads, 1)
+            require_at_least("threads", threads, 1)
             torch.set_num_threads(threads)
         source = source_of(model)
         config, generation, tokenizer = load_tokenizer(source)
@@ -109,35 +112,6 @@ class VllmExpert:
         except BaseException:
             self._engine.close()
             raise
-
-    @property
-    def spec(self) -> ExpertSpec:
-        """Constant facts about the expert."""
-        return self._spec
-
-    def encode(self, prompt: str, *, chat: bool = False) -> EncodedPrompt:
-        """See `Expert.encode`. What looks like a special token in `prompt` stays plain text."""
-        return self._prompts.encode(prompt, chat=chat)
-
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """See `Expert.tokenize`. Raises ValueError when the tokenizer does not reproduce `text`."""
-        return self._prompts.tokenize(text)
-
-    def step(self, ops: Sequence[Op]) -> StepResult:
-        """See `Expert.step`. If a forward fails, every sequence is closed before the error is raised."""
-        return self.step_into(ops, None)
-
-    def step_into(self, ops: Sequence[Op], memory: RowMemory | None) -> StepResult:
-        """See `RowWriter.step_into`."""
-        return planned_step(
-            ops,
-            self._lengths,
-            self._spec,
-            plan=self._plan,
-            flush=self._flush,
-            give_up=self._release_all,
-            memory=memory,
-        )
 
     def stats(self) -> ExpertStats:
         """See `Expert.stats`. `tokens` are those whose KV is held, `capacity` is what the whole KV can hold.
@@ -232,8 +206,3 @@ class VllmExpert:
         self._sessions.clear()
         self._lengths.clear()
         self._waiting.clear()
-
-
-def _at_least(field_name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ExpertLoadError(f"{field_name}: {value} is not allowed, at least {least} is needed")

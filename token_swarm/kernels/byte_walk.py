@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -168,6 +168,16 @@ def _address(array: npt.NDArray[Any]) -> int:
     return address
 
 
+def _listed(kind: Any, room: int, fill: Callable[[Any, int], int]) -> list[Any]:
+    """What `fill(array of kind, its length)` writes; it returns how much there is, which may be more than that."""
+    while True:
+        out = (kind * room)()
+        count = fill(out, room)
+        if count <= room:
+            return list(out[:count])
+        room = count
+
+
 class ByteWalk:
     """One text: several groups of heads in C++. Not for several threads at once."""
 
@@ -202,23 +212,12 @@ class ByteWalk:
 
     def heads(self, group: int, which: Which) -> list[HeadView]:
         """Heads of a group; the cold and the due ones heaviest first."""
-        room = 16
-        while True:
-            views = (HeadView * room)()
-            count = self._library.ts_heads(self.handle, group, which, views, room)
-            if count <= room:
-                return list(views[:count])
-            room = count
+        return _listed(HeadView, 16, lambda out, room: self._library.ts_heads(self.handle, group, which, out, room))
 
     def history(self, group: int, history: int) -> tuple[int, ...]:
         """The tokens of a head's history beyond the group's first one."""
-        room = 256
-        while True:
-            tokens = (_I32 * room)()
-            count = self._library.ts_history(self.handle, group, history, tokens, room)
-            if count <= room:
-                return tuple(tokens[:count])
-            room = count
+        tokens = _listed(_I32, 256, lambda out, room: self._library.ts_history(self.handle, group, history, out, room))
+        return tuple(tokens)
 
     def put_law(self, group: int, slot: int, own: LawView, members: Sequence[LawView]) -> None:
         """Put a law, and its members', into a slot of the caller's choice."""
@@ -227,14 +226,8 @@ class ByteWalk:
 
     def feed(self, group: int, key: int, slot: int) -> list[int]:
         """Give the law in a slot to a cold head; returns the slots that heads have laws in after that."""
-        room = 32
         self._library.ts_feed(self.handle, group, key, slot)
-        while True:
-            slots = (_I32 * room)()
-            count = self._library.ts_used_laws(self.handle, group, slots, room)
-            if count <= room:
-                return slots[:count]
-            room = count
+        return _listed(_I32, 32, lambda out, room: self._library.ts_used_laws(self.handle, group, out, room))
 
     def law(self, group: int) -> npt.NDArray[np.float64]:
         """A group's next-symbol law: [257]."""

@@ -17,7 +17,7 @@ class Part(enum.Enum):
     """Mixing across groups, sampling, appending."""
 
 
-class Stretch:
+class Measurement:
     """What a `measure` counts. A class: to enter a generator's context takes longer than some of what is timed."""
 
     __slots__ = ("_part", "_seconds", "_started")
@@ -39,9 +39,9 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(Part, 0.0)
 
-    def measure(self, part: Part) -> Stretch:
+    def measure(self, part: Part) -> Measurement:
         """Count what runs inside of the context. Not for use inside of itself."""
-        return Stretch(self.seconds, part)
+        return Measurement(self.seconds, part)
 
     @property
     def total(self) -> float:
