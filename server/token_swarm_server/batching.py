@@ -102,6 +102,13 @@ class _Submission:
             self.watch.forward(name, max(0.0, waited), self.compute, self.travel, self.tokens)
         self.results.set_result([outcome for outcome in self.outcomes if outcome is not None])
 
+    def abandon(self, error: ExpertUnavailable) -> None:
+        """Tell the owner that nothing more will come, and let go of what came."""
+        if not self.results.done():
+            self.results.set_exception(error)
+        self.rows.clear()
+        self.outcomes.clear()
+
 
 async def at_once() -> None:
     """Nobody to wait for."""
@@ -223,7 +230,7 @@ class ExpertScheduler:
         return results
 
     async def _run(self) -> None:
-        down = ExpertUnavailable(self.name, "the connection was closed")
+        reason = "the connection was closed"
         try:
             while True:
                 await self._wake.wait()
@@ -235,16 +242,17 @@ class ExpertScheduler:
                         # a turn of the loop they are known to pause.
                         await asyncio.sleep(0)
         except ExpertUnavailable as error:
-            down = error
+            reason = error.reason
         except TransportError as error:
             self.at_fault = True
-            down = ExpertUnavailable(self.name, str(error))
+            reason = str(error)
         finally:
-            # Also for a cancelled or broken loop: nobody may wait for ever.
-            self._down = self._down or down
+            # Also for a cancelled or broken loop: nobody may wait for ever. The error itself is not kept: it holds the
+            # frames that it went through, and they the logits of the step.
+            self._down = self._down or ExpertUnavailable(self.name, reason)
             for submission in (*self._running, *self._short, *self._long):
-                if not submission.results.done():
-                    submission.results.set_exception(ExpertUnavailable(self.name, self._down.reason))
+                submission.abandon(ExpertUnavailable(self.name, self._down.reason))
+            self._running = []
             self._short.clear()
             self._long.clear()
 

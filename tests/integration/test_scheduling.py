@@ -5,7 +5,9 @@ beside texts that are being written.
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,7 +18,7 @@ import pytest
 import torch
 from token_swarm_server.batching import ALONE, SHORT, ExpertScheduler
 from token_swarm_server.counts import Counts
-from token_swarm_server.errors import ExpertUnavailable
+from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.mixing_pool import MixingPool, Pause
 from token_swarm_server.observer import Observer
 from token_swarm_server.wire import row_count
@@ -267,6 +269,39 @@ async def test_a_prompt_that_is_refused_in_the_middle_leaves_nothing(tmp_path: P
         assert not expert._held
         (taken,) = await scheduler.submit([Open(3, (1, 77, *tokens(60)))])
         assert taken.kind is OpErrorKind.INVALID  # type: ignore[union-attr]
+
+
+class Breaks:
+    """A connection that breaks at the third step. `given`: logits of the steps before, for as long as they are held."""
+
+    def __init__(self, connection: Any) -> None:
+        self.spec = connection.spec
+        self.max_rows = connection.max_rows
+        self.given: list[weakref.ref[torch.Tensor]] = []
+        self._connection = connection
+
+    async def step(self, ops: Any) -> Any:
+        if len(self.given) == 2:
+            raise TransportError("the connection broke")
+        result = await self._connection.step(ops)
+        self.given.append(weakref.ref(result.logits))
+        return result
+
+
+async def test_logits_of_a_prompt_that_a_broken_connection_ends_are_let_go_at_once(tmp_path: Path) -> None:
+    # An error holds the frames it went through; logits that these hold stay until the collector of cycles comes by,
+    # which in a process with large vocabularies is seldom.
+    async with serving(Recorder(), tmp_path) as server, connected(server, tmp_path) as connection:
+        breaks = Breaks(connection)
+        scheduler = ExpertScheduler(breaks, chunk=20)
+        gc.disable()
+        try:
+            with pytest.raises(ExpertUnavailable, match="broke"):
+                await scheduler.submit([Open(0, tokens(100), Rows.ALL)])
+            await scheduler.close()
+            assert [held() for held in breaks.given] == [None, None]
+        finally:
+            gc.enable()
 
 
 async def test_what_is_released_is_free_for_a_prompt_of_the_same_step(tmp_path: Path) -> None:
