@@ -18,7 +18,9 @@ from torch import Tensor
 
 LEAST_BYTES = 2**16
 """Smaller arrays are left to the allocator."""
-KEPT_BYTES = 2**23
+MOST_BYTES = 2**23
+"""So are larger ones: rows of long prompts and of scored texts, far rarer than they are large."""
+KEPT_BYTES = 2**22
 """Blocks of one size that wait to be used again have at most so many bytes, or are two."""
 
 _kept: dict[int, deque[npt.NDArray[np.uint8]]] = {}
@@ -27,7 +29,7 @@ _kept: dict[int, deque[npt.NDArray[np.uint8]]] = {}
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """As `torch.empty` on the CPU. May be called from any thread."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LEAST_BYTES:
+    if not LEAST_BYTES <= size <= MOST_BYTES:
         return torch.empty(shape, dtype=dtype)
     # Few sizes, so that most blocks fit what comes next; what is beyond the array is never touched.
     capacity = 1 << (size - 1).bit_length()
