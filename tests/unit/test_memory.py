@@ -66,7 +66,10 @@ def test_what_is_kept_is_bounded() -> None:
     assert len(memory._kept[size]) == memory.KEPT_BYTES // size
 
 
-def test_small_arrays_are_left_to_the_allocator() -> None:
-    before = dict(memory._kept)
-    assert memory.empty((2, 3), torch.float32).shape == (2, 3)
-    assert memory._kept == before
+@pytest.mark.parametrize("size", [memory.LEAST_BYTES - 1, memory.MOST_BYTES + 1])
+def test_small_arrays_and_very_large_ones_are_left_to_the_allocator(size: int) -> None:
+    before = {capacity: len(kept) for capacity, kept in memory._kept.items()}
+    tensor = memory.empty((size,), torch.uint8)
+    assert tensor.shape == (size,)
+    del tensor
+    assert {capacity: len(kept) for capacity, kept in memory._kept.items()} == before
