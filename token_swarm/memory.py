@@ -19,7 +19,7 @@ from torch import Tensor
 LEAST_BYTES = 2**16
 """Smaller arrays are left to the allocator."""
 MOST_BYTES = 2**23
-"""So are larger ones: rows of long prompts and of scored texts, far rarer than they are large."""
+"""So are larger ones: rows of long prompts and of scored texts, which are rare."""
 KEPT_BYTES = 2**22
 """Blocks of one size that wait to be used again have at most so many bytes, or are two."""
 
