@@ -15,7 +15,7 @@ from token_swarm.particle import Mixture
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server import public_wire
 from token_swarm_server.engine import Engine, Finished
-from token_swarm_server.errors import DeadlineExceeded, Unavailable, abort
+from token_swarm_server.errors import DeadlineExceeded, Unavailable, abort, forget_frames
 from token_swarm_server.generation import Prompt
 from token_swarm_server.observer import Outcome, Watch
 from token_swarm_server.particle_store import ParticleStore
@@ -71,6 +71,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
                 async with self._serving():
                     await self._generate(request, context, watch)
         except Exception as error:  # every error becomes one status
+            forget_frames(error)
             await abort(context, error)
 
     async def _generate(self, request: swarm_pb2.GenerateRequest, context: Context, watch: Watch) -> None:
@@ -102,6 +103,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
                     watch.finished(Outcome("scored"))
                     return public_wire.score_to_proto(score, per_byte=request.per_byte)
         except Exception as error:  # every error becomes one status
+            forget_frames(error)
             await abort(context, error)
 
     def _watch(self, kind: Literal["generate", "score"], given_id: str, size: int, context: Context) -> Watch:

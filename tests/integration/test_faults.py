@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,22 @@ async def test_a_request_may_rather_fail(tmp_path: Path) -> None:
         await running.start("e1")
         await until(lambda: running.engine.links["e1"].state is LinkState.READY)
         await running.nothing_held()
+
+
+async def test_a_text_that_failed_lets_its_laws_go_at_once(tmp_path: Path) -> None:
+    # gRPC's call and the error it ends with hold each other, and the error the frames that it went through.
+    async with swarm(tmp_path) as running:
+        gc.collect()
+        gc.disable()
+        try:
+            failing = asyncio.create_task(running.text("ab", on_expert_failure=FAIL))
+            await until(lambda: running.experts["e1"].steps > 10)
+            await running.kill("e1")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await failing
+            await until(lambda: not any(type(each) is Decoder for each in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 async def test_waiting_has_an_end(tmp_path: Path) -> None:
