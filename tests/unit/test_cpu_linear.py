@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from token_swarm.experts import cpu_linear
 from token_swarm.experts.cpu_linear import CpuLinear, holds_in_half_precision, pack_linears
 
 
@@ -27,6 +28,17 @@ def test_equals_the_plain_layer(bias, half, threads):
             found, expected = packed(inputs), plain(inputs)
             assert found.shape == (1, rows, 200)
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_of_several_panels(bias, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "_PANEL_BYTES", 64 * 2 * 96)
+    plain = linear(bias=bias, half=True)
+    packed = CpuLinear(plain, 1, chains=1)
+    with torch.inference_mode():
+        for rows in (1, 2, 8, 32):
+            inputs = torch.randn(1, rows, 96)
+            torch.testing.assert_close(packed(inputs), plain(inputs), atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.skipif(
