@@ -20,8 +20,8 @@ from token_swarm_server.wire import TimedStepResult, check_ops, row_count
 
 SHORT = 16
 """Tokens of a submission that is never made to wait for a longer one: a decoding step of several heads."""
-ALONE = 16
-"""A step has room for so many chunks of prompt while there is nobody to hold up."""
+MOST_CHUNKS = 16
+"""Of prompts in a step: what it has room for while there is nobody to hold up."""
 
 
 class StepRunner(Protocol):
@@ -133,7 +133,8 @@ class ExpertScheduler:
     There are no timers: an idle expert gets what is pending at once, a busy one gets everything that arrived
     meanwhile in its next step. Short submissions, which are texts being written, all take part in every step. Long
     ones, which are prompts being read, share `chunk` tokens a step, in turns, so that what they add to a step is
-    bounded; while nothing else runs (`crowded` says so) they get `ALONE` times as much.
+    bounded. They get more where more of them wait than there are texts to hold up: a chunk for each prompt that a
+    text being written has to bear, up to `MOST_CHUNKS`, and as many when no text is being written.
     """
 
     def __init__(
@@ -141,20 +142,21 @@ class ExpertScheduler:
         connection: StepRunner,
         *,
         chunk: int = 512,
-        crowded: Callable[[], bool] = lambda: True,
+        writers: Callable[[], int] = lambda: 1,
         settle: Callable[[], Awaitable[None]] = at_once,
         step_seconds: float | None = None,
         ids: Iterable[int] | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """`settle`: returns when texts that were answered have asked again, as `MixingPool.settle`. `step_seconds`: a
-        step that takes longer means the expert hangs. `ids`: where sequence ids come from."""
+        """`writers`: texts being written, here or with other experts. `settle`: returns when texts that were answered
+        have asked again, as `MixingPool.settle`. `step_seconds`: a step that takes longer means the expert hangs.
+        `ids`: where sequence ids come from."""
         self.name = connection.spec.name
         self.at_fault = False
         """Whether the expert hung or answered what cannot be right: a new connection would not mend it."""
         self._connection = connection
         self._chunk = chunk
-        self._crowded = crowded
+        self._writers = writers
         self._settle = settle
         self._step_seconds = step_seconds
         self._observer = observer or Observer()
@@ -261,10 +263,14 @@ class ExpertScheduler:
         await self._settle()
         self._running = []
         short, rows = self._fill(self._short, None, self._connection.max_rows)
-        budget = self._chunk * (1 if self._crowded() else ALONE)
-        long, _ = self._fill(self._long, budget, rows)
+        long, _ = self._fill(self._long, self._chunk * self._chunks(), rows)
         # Short ones first: what one text releases is free for the next one that opens.
         return short + long
+
+    def _chunks(self) -> int:
+        """Of prompts in the next step."""
+        writers = self._writers()
+        return max(1, min(MOST_CHUNKS, -(-len(self._long) // writers))) if writers else MOST_CHUNKS
 
     def _fill(self, queue: deque[_Submission], tokens: int | None, rows: int) -> tuple[list[_Piece], int]:
         """Pieces from the front of `queue` for at most so many tokens and rows, and the rows that are left."""

@@ -64,7 +64,9 @@ class Engine:
         self.observer = observer
         self.pool = pool
         self.running = 0
-        """Texts that hold KV."""
+        """Texts that hold KV, with those that are only scored."""
+        self.texts: set[Generation] = set()
+        """Those that are generated."""
         self.changed: Callable[[], None] = lambda: None
         """Called whenever an expert was lost or came back."""
         self._lanes = limits.lanes_per_expert
@@ -97,8 +99,8 @@ class Engine:
         pool = MixingPool(settings.coordinator.mixing_threads or min(_MOST_THREADS, len(available_cores())))
         made: list[Engine] = []
 
-        def crowded() -> bool:
-            return bool(made) and made[0].running > 1
+        def writers() -> int:
+            return sum(text.being_written for text in made[0].texts) if made else 0
 
         def changed() -> None:
             if made:
@@ -108,7 +110,7 @@ class Engine:
         for name, address in endpoints.items():
             expert = settings.experts[name]
             options = LinkOptions(
-                settings.cache / "vocabularies", expert.chunk, expert.step_seconds, crowded, pool.settle, expert.tls
+                settings.cache / "vocabularies", expert.chunk, expert.step_seconds, writers, pool.settle, expert.tls
             )
             connecting = ExpertLink.connect(
                 name,
@@ -160,12 +162,14 @@ class Engine:
             watch.admitted()
             watch.parts.admission += time.perf_counter() - opened
             self.running += 1
+            self.texts.add(text)
             try:
                 async with contextlib.aclosing(text.pieces()) as pieces:
                     async for piece in pieces:
                         yield piece
             finally:
                 self.running -= 1
+                self.texts.discard(text)
                 text.close()
         finish = text.finish
         watch.finished(

@@ -52,13 +52,13 @@ class LinkOptions:
     """How to reach an expert and what it is allowed.
 
     cache: directory for vocabularies. chunk: prompt tokens of a step while other texts run. step_seconds: after which
-    it counts as hung. crowded, settle: as `ExpertScheduler` takes them. tls: None for no encryption.
+    it counts as hung. writers, settle: as `ExpertScheduler` takes them. tls: None for no encryption.
     """
 
     cache: Path
     chunk: int
     step_seconds: float | None = None
-    crowded: Callable[[], bool] = field(default=lambda: True)
+    writers: Callable[[], int] = field(default=lambda: 1)
     settle: Callable[[], Awaitable[None]] = at_once
     tls: ClientTls | None = None
 
@@ -185,7 +185,7 @@ class ExpertLink:
         self._scheduler = ExpertScheduler(
             connection,
             chunk=self._options.chunk,
-            crowded=self._options.crowded,
+            writers=self._options.writers,
             settle=self._options.settle,
             step_seconds=self._options.step_seconds,
             ids=self._ids,

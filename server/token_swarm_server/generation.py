@@ -183,6 +183,8 @@ class Generation:
         watch: Watch,
     ) -> None:
         self.members = members
+        self.being_written = False
+        """Whether its prompt has been read everywhere."""
         self._ensemble = ensemble
         self._request = request
         self._allocate = allocate
@@ -290,6 +292,7 @@ class Generation:
         finally:
             self._watch.mixed(self._took)
             self._watch.parts.scheduling += time.perf_counter() - answered - self._took
+        self.being_written = not lost
         if lost and not self._opened.finished:
             self._end_pause()
             await self._without_or_again(lost)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from token_swarm_server.batching import ALONE, SHORT, ExpertScheduler
+from token_swarm_server.batching import MOST_CHUNKS, SHORT, ExpertScheduler
 from token_swarm_server.counts import Counts
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.mixing_pool import MixingPool, Pause
@@ -240,10 +240,26 @@ async def test_prompts_take_turns(tmp_path: Path) -> None:
         assert order == ["60 tokens", "400 tokens"]
 
 
-async def test_a_prompt_alone_is_read_in_larger_pieces(tmp_path: Path) -> None:
-    async with recorded(tmp_path, chunk=20, crowded=lambda: False) as (expert, scheduler):
+async def test_prompts_that_hold_up_nobody_are_read_in_large_pieces(tmp_path: Path) -> None:
+    async with recorded(tmp_path, chunk=20, writers=lambda: 0) as (expert, scheduler):
         await scheduler.submit([Open(0, tokens(800))])
-        assert expert.fed == [20 * ALONE, 20 * ALONE, 800 - 40 * ALONE]
+        most = 20 * MOST_CHUNKS
+        assert expert.fed == [most, most, 800 - 2 * most]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "writers", "chunks"), [(1, 1, 1), (1, 3, 1), (6, 1, 6), (6, 2, 3), (5, 3, 2), (30, 1, 16)]
+)
+async def test_a_text_bears_a_chunk_for_each_prompt_that_waits_for_it(
+    tmp_path: Path, prompts: int, writers: int, chunks: int
+) -> None:
+    async with recorded(tmp_path, chunk=20, writers=lambda: writers) as (expert, scheduler):
+        texts = [scheduler.submit([Open(index, tokens(400, seed=index))]) for index in range(prompts)]
+        while not expert.fed:
+            await asyncio.sleep(0)
+        assert expert.fed[0] == 20 * chunks
+        for text in texts:
+            text.cancel()
 
 
 async def test_a_cancelled_prompt_is_not_read_to_its_end(tmp_path: Path) -> None:

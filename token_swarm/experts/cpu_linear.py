@@ -27,8 +27,8 @@ round twice as much as `F.linear` (root mean square, inner dimensions 576 to 204
 With one chain a step of Gemma 3 on random tokens was up to 1.5e-3 from a fresh prefill, with `F.linear` 4e-4."""
 
 _PANEL_BYTES = 5 << 20
-"""FBGEMM goes through the whole weight once for every six rows: of a part that stays in the cache meanwhile, memory is
-read once. One core, weight [262144, 640], 1 / 6 / 8 / 12 rows: whole 23 / 30 / 54 / 60 ms, in parts 20 / 30 / 43 / 51."""
+"""FBGEMM goes through the whole weight once for every six rows; a part that stays in the cache is fetched once.
+On the same core, weight [262144, 640], 1 / 6 / 8 / 12 rows: whole 23 / 30 / 54 / 60 ms, in parts 20 / 30 / 43 / 51."""
 
 _ROUNDING = 2.0**-23
 """Relative error of a weight matrix that disappears in the rounding of a float32 product."""
@@ -125,7 +125,7 @@ def _single_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         warnings.simplefilter("ignore")
         panels = [
             (torch.fbgemm_pack_gemm_matrix_fp16(part.contiguous()), offset_part)
-            for part, offset_part in zip(weight.split(size), offset.split(size), strict=True)
+            for part, offset_part in zip(torch.split(weight, size), torch.split(offset, size), strict=True)
         ]
         multiply(weight[:1], *panels[0])
     if len(panels) == 1:
