@@ -59,19 +59,25 @@ async def test_parts_of_a_text_are_measured_where_they_happen(tmp_path: Path) ->
 
 
 async def test_loads_take_turns_and_count_their_requests(tmp_path: Path) -> None:
-    loads, calls = [Load(concurrency=2), Load(rate=200.0)], []
+    loads, calls = [Load(concurrency=1), Load(concurrency=2), Load(rate=200.0)], []
     async with coordinator(tmp_path) as running:
         report = await measure_load(
             running.stub, PLAN, loads, EXPERTS, alone=True, requests=3, rounds=2, seed=0, bounds={"e2el": 60_000.0},
             done=lambda: calls.append(1),
         )  # fmt: skip
     assert len(calls) == turns(PLAN, loads, EXPERTS, alone=True, requests=3, rounds=2)
-    assert len(report["rows"]) == 2 * 3
+    assert len(report["rows"]) == 3 * 3
     for row in report["rows"]:
         assert row["requests"] == 6
         assert row["failed"] == {}
         assert row["goodput"] == pytest.approx(row["request_throughput"])
-    assert [ratio["load"] for ratio in report["ratios"]] == ["2 streams", "200 requests/s"]
+    assert [ratio["load"] for ratio in report["ratios"]] == ["1 stream", "2 streams", "200 requests/s"]
+    growth = {(row["load"], row["mixture"]): row.get("throughput_over_first") for row in report["rows"]}
+    assert {load for (load, _), spread in growth.items() if spread} == {"2 streams"}
+    throughput = {(row["load"], row["mixture"]): row["output_bytes_throughput"] for row in report["rows"]}
+    for mixture in ("ensemble", *EXPERTS):
+        ratio, spread = throughput["2 streams", mixture] / throughput["1 stream", mixture], growth["2 streams", mixture]
+        assert spread["low"] * 0.9 <= ratio <= spread["high"] * 1.1
 
 
 async def test_what_a_server_refuses_is_counted_by_its_status(tmp_path: Path) -> None:

@@ -152,11 +152,13 @@ def compare(ensemble: Sequence[Stretch], alone: Mapping[str, Sequence[Stretch]])
         "ms_per_byte_over": {
             name: Spread.of_ratio(own, [s.ms_per_byte for s in single]).plain() for name, single in alone.items()
         },
-        "throughput_over": {
-            name: Spread.of_ratio([s.bytes_per_second for s in ensemble], [s.bytes_per_second for s in single]).plain()
-            for name, single in alone.items()
-        },
+        "throughput_over": {name: throughput_ratio(ensemble, single).plain() for name, single in alone.items()},
     }
+
+
+def throughput_ratio(above: Sequence[Stretch], below: Sequence[Stretch]) -> Spread:
+    """Bytes a second over bytes a second, round by round."""
+    return Spread.of_ratio([s.bytes_per_second for s in above], [s.bytes_per_second for s in below])
 
 
 def parse_bounds(text: str) -> dict[str, float]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from token_swarm_server.benchmark.load import Load, Stretch, compare, run_load, summarise
+from token_swarm_server.benchmark.load import Load, Stretch, compare, run_load, summarise, throughput_ratio
 from token_swarm_server.benchmark.plan import ENSEMBLE, Plan
 
 if TYPE_CHECKING:
     from token_swarm.v1 import swarm_pb2_grpc
 
-_FEWEST_REQUESTS = 4
-_PER_STREAM = 2
+_PER_STREAM = 4
+"""The first texts of all streams arrive at the same time, and the last ones run alone: neither should weigh much."""
 
 
 def request_count(load: Load, requests: int | None) -> int:
-    """Requests of one round: what was asked for, else enough for every stream to send two."""
-    return requests or max(_FEWEST_REQUESTS, _PER_STREAM * (load.concurrency or 1))
+    """Requests of one round: what was asked for, else enough for every stream to send four."""
+    return requests or _PER_STREAM * (load.concurrency or 1)
 
 
 def turns(
@@ -41,7 +41,10 @@ async def measure_load(
     bounds: Mapping[str, float],
     done: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """One row per load and mixture, and one comparison per load. A request of each mixture warms up before."""
+    """One row per load and mixture, and one comparison per load. A request of each mixture warms up before.
+
+    The row of a closed loop has `throughput_over_first`: its bytes a second over those of the first load.
+    """
     mixtures = plan.mixtures(experts, alone=alone)
     stretches: dict[tuple[int, str], list[Stretch]] = {}
     for fields in mixtures.values():
@@ -62,6 +65,9 @@ async def measure_load(
         if name == ENSEMBLE and alone and all(stretch.samples for each in stretches.values() for stretch in each):
             singles = {expert: stretches[index, expert] for expert in experts}
             ratios.append({"load": str(loads[index]), **compare(own, singles)})
+    for row, ((index, name), own) in zip(rows, stretches.items(), strict=True):
+        if index and loads[0].concurrency is not None and loads[index].concurrency is not None:
+            row["throughput_over_first"] = throughput_ratio(own, stretches[0, name]).plain()
     return {
         "prompt_bytes": plan.prompt_bytes,
         "max_bytes": plan.max_bytes,

@@ -134,8 +134,18 @@ def load_table(report: Mapping[str, Any]) -> Table:
                 f"{row['goodput']:.2f}" if "goodput" in row else "-",
             )
         )
-    table.note = "\n".join(ratio_lines(report["ratios"], "load", ""))
+    table.note = "\n".join([*ratio_lines(report["ratios"], "load", ""), *_growth_lines(report["rows"])])
     return table
+
+
+def _growth_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What more streams add to the throughput of each mixture."""
+    return [
+        f"{row['load']} / {rows[0]['load']}, bytes/s, {row['mixture']}: {spread['median']:.2f} "
+        f"[{spread['low']:.2f}, {spread['high']:.2f}]."
+        for row in rows
+        if (spread := row.get("throughput_over_first")) is not None
+    ]
 
 
 def ratio_lines(ratios: Sequence[Mapping[str, Any]], key: str, unit: str) -> list[str]:

@@ -104,7 +104,7 @@ def load(
         str | None, typer.Option(help="Open loop: requests a second, arriving at random (Poisson).", metavar="R,...")
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(help="Requests of each round.  [default: 2 a stream, at least 4]", min=1)
+        int | None, typer.Option(help="Requests of each round.  [default: 4 a stream]", min=1)
     ] = None,
     prompt_bytes: Annotated[int, typer.Option(help="Length of the prompts.", min=1)] = 128,
     max_bytes: Annotated[int, typer.Option(help="Bytes of text to write.", min=2)] = 128,
