@@ -127,8 +127,8 @@ class ExpertSettings(BaseModel):
     python: Path | None = None
     """Interpreter of another virtual environment that has token-swarm installed; default: this one."""
     prefill_chunk: Annotated[int, Field(ge=1)] | None = None
-    """Most prompt tokens that one step takes while other texts run: what bounds their stall. Default: 8 on a CPU,
-    512 elsewhere."""
+    """Prompt tokens that one step takes for each prompt that waits beside a text being written: what bounds that
+    text's stall. A step takes this much at least, 16 times as much at most. Default: 8 on a CPU, 512 elsewhere."""
     step_seconds: Annotated[float, Field(gt=0)] = 60.0
     """An expert that takes longer over one step counts as hung and is started again."""
     address: Annotated[str, Field(min_length=1)] | None = None
