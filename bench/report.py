@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,9 +125,9 @@ def write_tables(reports: Mapping[str, Mapping[str, Any]], document: Path) -> li
         if name not in found:
             return match[0]
         written.append(name)
-        facts = describe(reports[_SOURCE.get(name, name)]["facts"])
+        facts = textwrap.fill(f"*{describe(reports[_SOURCE.get(name, name)]['facts'])}*", 120, break_on_hyphens=False)
         body = "\n\n".join(table.markdown() for table in found[name])
-        return f"<!-- table: {name} -->\n\n{body}\n\n*{facts}*\n\n<!-- end -->"
+        return f"<!-- table: {name} -->\n\n{body}\n\n{facts}\n\n<!-- end -->"
 
     text = re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
     document.write_text(text, encoding="utf-8")
