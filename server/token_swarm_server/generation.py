@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _PAUSE_SECONDS = 0.02
 _MAX_FAULTS = 3
+"""An expert whose logits are no law so often for one text is not to blame for bad luck: the text ends."""
 _TURNS = 4
 """Of the event loop: in which a scheduler gets its step on the way."""
-"""An expert whose logits are no law so often for one text is not to blame for bad luck: the text ends."""
 
 
 class OnFailure(enum.Enum):

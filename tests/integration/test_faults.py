@@ -61,6 +61,20 @@ async def test_texts_outlive_an_expert_that_dies(tmp_path: Path) -> None:
         await running.nothing_held()
 
 
+async def test_a_text_that_waits_for_an_expert_is_not_being_written(tmp_path: Path) -> None:
+    # Prompts are read slowly for the sake of texts that are.
+    async with swarm(tmp_path) as running:
+        texts = running.engine.texts
+        text = asyncio.create_task(running.text("ab"))
+        await until(lambda: any(each.being_written for each in texts))
+        await running.kill("e1")
+        await until(lambda: not any(each.being_written for each in texts))
+        assert len(texts) == 1
+        await running.start("e1")
+        assert (await text)[0] == undisturbed("ab")
+        assert not texts
+
+
 async def test_a_request_may_rather_fail(tmp_path: Path) -> None:
     async with swarm(tmp_path) as running:
         failing = asyncio.create_task(running.text("ab", on_expert_failure=FAIL))
