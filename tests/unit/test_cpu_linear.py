@@ -21,7 +21,7 @@ def linear(*, bias: bool, half: bool) -> nn.Linear:
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_the_plain_layer(bias, half, threads):
     plain = linear(bias=bias, half=half)
-    packed = CpuLinear(plain, threads)
+    packed = CpuLinear(plain, threads, chain=30)
     with torch.inference_mode():
         for rows in (0, 1, 2, 3, 8, 31, 32, 33, 100):
             inputs = torch.randn(1, rows, 96)
@@ -34,7 +34,7 @@ def test_equals_the_plain_layer(bias, half, threads):
 def test_a_weight_of_several_panels(bias, monkeypatch):
     monkeypatch.setattr(cpu_linear, "_PANEL_BYTES", 64 * 2 * 96)
     plain = linear(bias=bias, half=True)
-    packed = CpuLinear(plain, 1, chains=1)
+    packed = CpuLinear(plain, 1, chain=None)
     with torch.inference_mode():
         for rows in (1, 2, 8, 32):
             inputs = torch.randn(1, rows, 96)

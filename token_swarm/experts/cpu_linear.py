@@ -21,10 +21,11 @@ Packing: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], Product]
 _FEW_ROWS = 32
 """From more rows on, `F.linear` is as fast as the packed products."""
 
-_CHAINS = 4
-"""Partial sums of a packed product of several rows. FBGEMM and oneDNN add up the inner dimension in one chain and
-round twice as much as `F.linear` (root mean square, inner dimensions 576 to 2048); in four chains, as much.
-With one chain a step of Gemma 3 on random tokens was up to 1.5e-3 from a fresh prefill, with `F.linear` 4e-4."""
+_CHAIN = 512
+"""Longest partial sum of a packed product of several rows. FBGEMM and oneDNN add up the inner dimension in one chain
+and round two to three times as much as `F.linear` (root mean square, inner dimensions 576 to 2048); in chains of at
+most 512, 1.3 to 1.6 times, and one chain more costs 10 microseconds a call. With one chain a step of Gemma 3 on random
+tokens was up to 1.5e-3 from a fresh prefill, with `F.linear` 4e-4."""
 
 _PANEL_BYTES = 5 << 20
 """FBGEMM goes through the whole weight once for every six rows; a part that stays in the cache is fetched once.
@@ -35,19 +36,20 @@ _ROUNDING = 2.0**-23
 
 
 class CpuLinear(nn.Module):
-    """A float32 `nn.Linear` with its weight packed for one row and, in `chains` parts, for few rows.
+    """A float32 `nn.Linear` with its weight packed for one row and, in parts of at most `chain` inputs, for few rows.
 
     The original parameters stay, shared with the embedding where they are tied, and serve many rows. A float16
-    packing takes 2 bytes per weight; one serves both where `chains` is 1.
+    packing takes 2 bytes per weight; one serves both where there is a single part, as with a `chain` of None.
     """
 
-    def __init__(self, linear: nn.Linear, threads: int, chains: int = _CHAINS) -> None:
+    def __init__(self, linear: nn.Linear, threads: int, chain: int | None = _CHAIN) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         weight = linear.weight.detach()
         bias = None if linear.bias is None else linear.bias.detach()
         pack = _packing(weight, threads)
         halves = pack is not None and pack is not _onednn_product
+        chains = 1 if chain is None else -(-linear.in_features // chain)
         self._one_row = pack(weight, bias) if pack and halves else None
         if chains == 1 and halves:
             self._few_rows = self._one_row
@@ -71,7 +73,7 @@ def pack_linears(model: nn.Module, threads: int, head: nn.Module | None = None) 
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.weight.dtype == torch.float32:
-                setattr(module, name, CpuLinear(child, threads, 1 if child is head else _CHAINS))
+                setattr(module, name, CpuLinear(child, threads, None if child is head else _CHAIN))
 
 
 def holds_in_half_precision(weight: torch.Tensor) -> bool:
