@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,16 @@ async def test_loads_take_turns_and_count_their_requests(tmp_path: Path) -> None
     for mixture in ("ensemble", *EXPERTS):
         ratio, spread = throughput["2 streams", mixture] / throughput["1 stream", mixture], growth["2 streams", mixture]
         assert spread["low"] * 0.9 <= ratio <= spread["high"] * 1.1
+
+
+async def test_loads_that_are_refused_are_compared_with_nothing(tmp_path: Path) -> None:
+    plan, loads = replace(PLAN, mixing={"particle": "nobody"}), [Load(concurrency=1), Load(concurrency=2)]
+    async with coordinator(tmp_path) as running:
+        report = await measure_load(
+            running.stub, plan, loads, EXPERTS, alone=False, requests=2, rounds=1, seed=0, bounds={}
+        )
+    assert [row["failed"] for row in report["rows"]] == [{"NOT_FOUND": 2}, {"NOT_FOUND": 2}]
+    assert not any("throughput_over_first" in row for row in report["rows"])
 
 
 async def test_what_a_server_refuses_is_counted_by_its_status(tmp_path: Path) -> None:

@@ -59,15 +59,17 @@ async def measure_load(
                 stretch = await run_load(stub, load, batch, seed=first, done=done)
                 stretches.setdefault((index, name), []).append(stretch)
     rows, ratios = [], []
+    # A stretch whose requests were all refused has nothing to compare.
+    comparable = all(stretch.samples for each in stretches.values() for stretch in each)
     for (index, name), own in stretches.items():
-        head = {"load": str(loads[index]), "concurrency": loads[index].concurrency, "rate": loads[index].rate}
-        rows.append({**head, "mixture": name, **summarise(own, bounds)})
-        if name == ENSEMBLE and alone and all(stretch.samples for each in stretches.values() for stretch in each):
+        load = loads[index]
+        row = {"load": str(load), "concurrency": load.concurrency, "rate": load.rate, "mixture": name}
+        rows.append(row | summarise(own, bounds))
+        if comparable and index and loads[0].concurrency is not None and load.concurrency is not None:
+            rows[-1]["throughput_over_first"] = throughput_ratio(own, stretches[0, name]).plain()
+        if comparable and name == ENSEMBLE and alone:
             singles = {expert: stretches[index, expert] for expert in experts}
-            ratios.append({"load": str(loads[index]), **compare(own, singles)})
-    for row, ((index, name), own) in zip(rows, stretches.items(), strict=True):
-        if index and loads[0].concurrency is not None and loads[index].concurrency is not None:
-            row["throughput_over_first"] = throughput_ratio(own, stretches[0, name]).plain()
+            ratios.append({"load": str(load), **compare(own, singles)})
     return {
         "prompt_bytes": plan.prompt_bytes,
         "max_bytes": plan.max_bytes,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from token_swarm_server.benchmark.latency import EXPERT_PARTS, adds_up
 from token_swarm_server.benchmark.plan import ENSEMBLE
+from token_swarm_server.benchmark.statistics import Spread
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -141,8 +142,7 @@ def load_table(report: Mapping[str, Any]) -> Table:
 def _growth_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What more streams add to the throughput of each mixture."""
     return [
-        f"{row['load']} / {rows[0]['load']}, bytes/s, {row['mixture']}: {spread['median']:.2f} "
-        f"[{spread['low']:.2f}, {spread['high']:.2f}]."
+        f"{row['load']} / {rows[0]['load']}, bytes/s, {row['mixture']}: {Spread(**spread)}."
         for row in rows
         if (spread := row.get("throughput_over_first")) is not None
     ]
@@ -154,8 +154,8 @@ def ratio_lines(ratios: Sequence[Mapping[str, Any]], key: str, unit: str) -> lis
     for ratio in ratios:
         spread = ratio["ms_per_byte_over_slower_expert"]
         lines.append(
-            f"{ratio[key]}{unit}: {ENSEMBLE} / slower expert alone, ms per byte: {spread['median']:.2f} "
-            f"[{spread['low']:.2f}, {spread['high']:.2f}] over {spread['rounds']} rounds."
+            f"{ratio[key]}{unit}: {ENSEMBLE} / slower expert alone, ms per byte: {Spread(**spread)} "
+            f"over {spread['rounds']} rounds."
         )
     return lines
 
