@@ -45,19 +45,20 @@ struct Exponent {
     float pivot[MAX_EXPERTS], scale[MAX_EXPERTS];
 };
 
+// Exponents of tokens i and on, less the offset.
 template <class T, int EXPERTS>
-TS_INLINE Floats exponent_at(const Exponent& x, int64_t i) {
-    Floats sum = (T::get(x.row[0], i) - splat(x.pivot[0])) * splat(x.scale[0]);
+TS_INLINE Floats exponent_at(const Exponent& x, int64_t i, float offset) {
+    Floats sum = (T::get(x.row[0], i) - splat(x.pivot[0])) * splat(x.scale[0]) - splat(offset);
     for (int e = 1; e < EXPERTS; e++) sum += (T::get(x.row[e], i) - splat(x.pivot[e])) * splat(x.scale[e]);
     return sum;
 }
 
 // The last few elements of a block, padded with minus infinity.
 template <class T, int EXPERTS>
-TS_INLINE Floats exponent_tail(const Exponent& x, int64_t i, int64_t high) {
+TS_INLINE Floats exponent_tail(const Exponent& x, int64_t i, int64_t high, float offset) {
     Floats sum = splat(-INF);
     for (int64_t k = 0; i + k < high; k++) {
-        float one = 0;
+        float one = -offset;
         for (int e = 0; e < EXPERTS; e++) one += (T::one(x.row[e], i + k) - x.pivot[e]) * x.scale[e];
         sum[k] = one;
     }
@@ -73,28 +74,35 @@ struct Block {
 // One block of 2^(exponent - offset): its sum, its largest exponent and, unless out is null, the powers themselves.
 template <class T, int EXPERTS, bool STORE>
 TS_INLINE Block powers(const Exponent& x, int64_t low, int64_t high, float offset, float* out) {
-    Floats top = splat(-INF), sum = splat(0.0f);
-    Ints odd = splat(int32_t(0));
+    Floats top = splat(-INF), even = splat(0.0f), uneven = splat(0.0f), odd = splat(0.0f);
     int64_t i = low;
-    for (; i + LANES <= high; i += LANES) {
-        Floats exponent = exponent_at<T, EXPERTS>(x, i);
-        top = larger(exponent, top);
-        odd |= not_finite(exponent);
-        Floats power = power_of_two(exponent - splat(offset));
-        if (STORE) store(out + i, power);
-        sum += power;
+    for (; i + 2 * LANES <= high; i += 2 * LANES) {
+        Floats x0 = exponent_at<T, EXPERTS>(x, i, offset), x1 = exponent_at<T, EXPERTS>(x, i + LANES, offset);
+        top = larger(x0, top);
+        top = larger(x1, top);
+        // Stays 0 unless an exponent is infinite or NaN.
+        odd += x0 * splat(0.0f);
+        odd += x1 * splat(0.0f);
+        Floats y0 = power_of_two(x0), y1 = power_of_two(x1);
+        if (STORE) {
+            store(out + i, y0);
+            store(out + i + LANES, y1);
+        }
+        even += y0;
+        uneven += y1;
     }
-    bool strange = any(odd);
-    if (i < high) {
-        Floats exponent = exponent_tail<T, EXPERTS>(x, i, high);
-        for (int64_t k = 0; i + k < high; k++) strange |= not_finite(splat(exponent[k]))[0] != 0;
+    Floats sum = even + uneven;
+    for (; i < high; i += LANES) {
+        const bool whole = i + LANES <= high;
+        Floats exponent = whole ? exponent_at<T, EXPERTS>(x, i, offset) : exponent_tail<T, EXPERTS>(x, i, high, offset);
         top = larger(exponent, top);
-        Floats power = power_of_two(exponent - splat(offset));
+        for (int64_t k = 0; k < LANES && i + k < high; k++) odd[k] += exponent[k] * 0.0f;
+        Floats power = power_of_two(exponent);
         if (STORE)
-            for (int64_t k = 0; i + k < high; k++) out[i + k] = power[k];
+            for (int64_t k = 0; k < LANES && i + k < high; k++) out[i + k] = power[k];
         sum += power;
     }
-    return {largest(top), strange, total(sum)};
+    return {largest(top) + offset, !(total(odd) == 0), total(sum)};
 }
 
 // A pivot near the largest logit: the largest of the first few. Never mind what comes later.
@@ -190,6 +198,23 @@ TS_INLINE bool normalise_any(const Asked& one, const Runs& runs, std::vector<flo
     return normalise<F16, STORE>(one, runs, offsets, out, n);
 }
 
+// The mixture of one block: every expert's powers, the first one's in `out`, times its scale. EXPERTS 0: any number.
+template <int EXPERTS>
+TS_INLINE void combine(const float* more, int64_t width, int count, const float* scale, int64_t low, int64_t high, float* out) {
+    const int experts = EXPERTS ? EXPERTS : count;
+    int64_t i = low;
+    for (; i + LANES <= high; i += LANES) {
+        Floats p = load(out + i) * splat(scale[0]);
+        for (int e = 1; e < experts; e++) p += load(more + (e - 1) * width + i) * splat(scale[e]);
+        store(out + i, p);
+    }
+    for (; i < high; i++) {
+        float p = out[i] * scale[0];
+        for (int e = 1; e < experts; e++) p += more[(e - 1) * width + i] * scale[e];
+        out[i] = p;
+    }
+}
+
 // One read of the logits: every expert's powers are kept for this one row until all normalisers are known (the first
 // expert's in the output). A second exponential would cost more than the second read of what is still in the cache.
 TS_INLINE bool linear_row(const Asked* asked, int count, const Runs& runs, int64_t width, Scratch& scratch, float* out) {
@@ -210,17 +235,9 @@ TS_INLINE bool linear_row(const Asked* asked, int count, const Runs& runs, int64
             const double rest = rescale(e == 0 ? out : more + (e - 1) * width, runs[r], scratch.expert_offsets[e][r], n[e].offset);
             scale[e] = float(asked[e].weight / weights / n[e].sum * rest);
         }
-        int64_t i = low;
-        for (; i + LANES <= high; i += LANES) {
-            Floats p = load(out + i) * splat(scale[0]);
-            for (int e = 1; e < count; e++) p += load(more + (e - 1) * width + i) * splat(scale[e]);
-            store(out + i, p);
-        }
-        for (; i < high; i++) {
-            float p = out[i] * scale[0];
-            for (int e = 1; e < count; e++) p += more[(e - 1) * width + i] * scale[e];
-            out[i] = p;
-        }
+        if (count == 2) combine<2>(more, width, count, scale, low, high, out);
+        else if (count == 3) combine<3>(more, width, count, scale, low, high, out);
+        else combine<0>(more, width, count, scale, low, high, out);
     }
     return true;
 }
@@ -269,10 +286,10 @@ TS_INLINE void add_exponent(bool first, const Exponent& x, int e, int64_t low, i
     one.scale[0] = x.scale[e];
     int64_t i = low;
     for (; i + LANES <= high; i += LANES) {
-        Floats y = exponent_at<T, 1>(one, i);
+        Floats y = exponent_at<T, 1>(one, i, 0);
         store(out + i, first ? y : load(out + i) + y);
     }
-    Floats y = exponent_tail<T, 1>(one, i, high);
+    Floats y = exponent_tail<T, 1>(one, i, high, 0);
     for (int64_t k = 0; i + k < high; k++) out[i + k] = first ? y[k] : out[i + k] + y[k];
 }
 

@@ -5,6 +5,7 @@
 
 constexpr int LANES = 8;
 typedef float Floats __attribute__((vector_size(32)));
+typedef float Quads __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
 typedef double Doubles __attribute__((vector_size(32)));
@@ -27,10 +28,21 @@ TS_INLINE bool any(Ints mask) {
     return (parts[0] | parts[1] | parts[2] | parts[3]) != 0;
 }
 
+TS_INLINE Quads half(Floats x, int which) {
+    Quads parts[2];
+    std::memcpy(parts, &x, sizeof parts);
+    return parts[which];
+}
+
 TS_INLINE float largest(Floats x) {
-    float m = x[0];
-    for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
-    return m;
+    Quads low = half(x, 0), high = half(x, 1), m = low > high ? low : high;
+    const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
+    return a > b ? a : b;
+}
+
+TS_INLINE float sum_of_lanes(Floats x) {
+    Quads sum = half(x, 0) + half(x, 1);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 TS_INLINE double total(Floats x) {
@@ -39,25 +51,23 @@ TS_INLINE double total(Floats x) {
     return sum;
 }
 
-// 2^x for x in [-0.5, 0.5], to 1.6e-7 (minimax). Estrin's scheme: a short chain of dependent operations.
+// 2^x for x in [-0.5, 0.5], to 2e-7 (minimax of those that are exact at 0). Estrin's scheme: a short chain of dependent
+// operations.
 TS_INLINE Floats exp2_fraction(Floats x) {
     Floats xx = x * x;
-    Floats low = x * splat(6.931469440e-1f) + splat(1.000000119f);
-    Floats middle = x * splat(5.550713465e-2f) + splat(2.402212024e-1f);
-    Floats high = x * splat(1.327644801e-3f) + splat(9.675541893e-3f);
+    Floats low = x * splat(6.931470037e-1f) + splat(1.0f);
+    Floats middle = x * splat(5.550733581e-2f) + splat(2.402224243e-1f);
+    Floats high = x * splat(1.326472731e-3f) + splat(9.671512991e-3f);
     return (high * xx + middle) * xx + low;
 }
 
-// 2^x for x <= 127; 0 below -126. NaN gives 0: find NaN beforehand.
+// 2^x for x <= 127; 0 from -127 down, and something of that order just above. NaN gives 0: find NaN beforehand.
 TS_INLINE Floats power_of_two(Floats x) {
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    x = larger(x, splat(-127.0f));
     Floats shifted = x + magic;
-    Floats y = as_floats(as_ints(exp2_fraction(x - (shifted - magic))) + (as_ints(shifted) << 23));
-    return as_floats(as_ints(y) & (x >= splat(-126.0f)));
+    return as_floats(as_ints(exp2_fraction(x - (shifted - magic))) + (as_ints(shifted) << 23));
 }
-
-// Lanes that are infinite or NaN.
-TS_INLINE Ints not_finite(Floats x) { return (as_ints(x) & splat(0x7f800000)) == splat(0x7f800000); }
 
 // log2(m) of m in [sqrt(1/2), sqrt(2)]: log2((1 + t) / (1 - t)) as an odd series in t.
 TS_INLINE Floats log2_mantissa(Floats m) {
