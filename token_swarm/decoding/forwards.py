@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ class Forwards:
             for wanted in waiting:
                 if len(wanted.need.tokens) > self._limits[name]:
                     raise ContextFull
-            keep = [self._unit.history(wanted.need.group) for wanted in waiting[:1]]
+            keep = partial(self._unit.history, waiting[0].need.group)
             plan = table.plan([wanted.need.tokens for wanted in waiting], keep)
             calls[name] = plan.ops
             self._placed[name] = [

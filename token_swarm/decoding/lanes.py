@@ -43,10 +43,11 @@ class LaneTable:
         self._limit = limit
         self._lanes: list[Lane] = []
 
-    def plan(self, histories: Sequence[Tokens], keep: Collection[Tokens] = ()) -> LanePlan:
+    def plan(self, histories: Sequence[Tokens], keep: Callable[[], Tokens] = lambda: ()) -> LanePlan:
         """Operations after which every placed history has returned its logit row.
 
-        `keep`: histories that may be extended later, whose KV is better forked than cut away while lanes are free.
+        `keep`: a history that may be extended later, whose KV is better forked than cut away while lanes are free. It
+        is asked for only when a lane would be cut.
         Structure comes first (forks see the lanes as they were), forwards last, so that an expert can run all
         forwards of the step as one batch.
         """
@@ -72,7 +73,7 @@ class LaneTable:
                 forwards.append(Open(lane.sequence, tokens))
             else:
                 lane, surplus = source, len(held[source]) > shared
-                if source in taken or (surplus and self._has_room and _keeps(held[source], shared, keep)):
+                if source in taken or (surplus and self._has_room and common_prefix(held[source], keep()) > shared):
                     lane = Lane(self._allocate(), ())
                     self._lanes.append(lane)
                     forks.append(Fork(source.sequence, lane.sequence))
@@ -111,10 +112,6 @@ class LaneTable:
         ops: list[Op] = [Close(lane.sequence) for lane in self._lanes]
         self._lanes.clear()
         return ops
-
-
-def _keeps(held: Tokens, shared: int, keep: Collection[Tokens]) -> bool:
-    return any(common_prefix(held, history) > shared for history in keep)
 
 
 def common_prefix(left: Tokens, right: Tokens) -> int:
