@@ -37,24 +37,32 @@ class Run:
 class PackedBatch:
     """The runs of one forward, with the tensors that every layer needs.
 
-    `slots` and `positions`: int64 [N], the slot and the position of each row.
+    `positions`: int64 [N], the position of each row in its sequence.
     """
 
     def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
         self.runs = tuple(runs)
-        slots = [run.slot for run in runs for _ in range(run.count)]
         positions = [position for run in runs for position in range(run.start, run.stop)]
-        self.slots = torch.tensor(slots, device=device)
         self.positions = torch.tensor(positions, device=device)
+        self._device = device
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._rows: dict[tuple[int, int], torch.Tensor] = {}
+
+    def rows(self, heads: int, context: int) -> torch.Tensor:
+        """int64 [N * heads]: where each new token's heads are in KV of [slots, heads, context], flattened."""
+        key = (heads, context)
+        if key not in self._rows:
+            first = [run.slot * heads * context + at for run in self.runs for at in range(run.start, run.stop)]
+            every = torch.tensor(first)[:, None] + torch.arange(heads) * context
+            self._rows[key] = every.flatten().to(self._device)
+        return self._rows[key]
 
     def mask(self, run: Run, first: int, window: int | None) -> torch.Tensor:
         """bool [count, stop - first]: which of the keys from position `first` on each row of `run` sees."""
         key = (run.start, run.count, window)
         if key not in self._masks:
-            device = self.positions.device
-            queries = torch.arange(run.start, run.stop, device=device)[:, None]
-            keys = torch.arange(first, run.stop, device=device)
+            queries = torch.arange(run.start, run.stop, device=self._device)[:, None]
+            keys = torch.arange(first, run.stop, device=self._device)
             seen = keys <= queries
             self._masks[key] = seen if window is None else seen & (keys > queries - window)
         return self._masks[key]

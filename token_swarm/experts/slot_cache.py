@@ -61,8 +61,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             keys[run.slot, :, run.start : run.stop] = key_states[0]
             values[run.slot, :, run.start : run.stop] = value_states[0]
         else:
-            keys[batch.slots, :, batch.positions] = key_states[0].transpose(0, 1)
-            values[batch.slots, :, batch.positions] = value_states[0].transpose(0, 1)
+            # One index into rows of one length: with an index a dimension the same takes three times as long.
+            rows = batch.rows(key_states.shape[1], self._shape[1])
+            for buffer, states in ((keys, key_states), (values, value_states)):
+                width = states.shape[3]
+                buffer.view(-1, width).index_copy_(0, rows, states[0].transpose(0, 1).reshape(-1, width))
         return keys, values
 
     def get_seq_length(self, _layer_idx: int = 0) -> int:

@@ -184,7 +184,10 @@ class TransformersExpert(PlannedExpert):
         finally:
             ACTIVE.reset(active)
         if wanted:
-            logits[[row for _, row in wanted]] = output.logits[0].to("cpu", self._spec.dtype)
+            rows = [row for _, row in wanted]
+            # Mostly a batch gives all rows in order, several MB of them: they are copied as one block.
+            ordered = rows == list(range(rows[0], rows[0] + len(rows)))
+            logits[slice(rows[0], rows[-1] + 1) if ordered else rows] = output.logits[0].to("cpu", self._spec.dtype)
 
     def _clear_plan(self) -> None:
         self._waiting: dict[int, _Waiting] = {}
