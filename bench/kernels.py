@@ -132,7 +132,7 @@ def scoring_rows(device: torch.device, seconds: float, synchronise: Callable[[],
         random = torch.Generator().manual_seed(experts)
         weights = torch.rand(particles, experts, generator=random, dtype=torch.float64)
         weights = (weights / weights.sum(1, keepdim=True)).to(device)
-        positions = 1_000_000  # a rate: the first call after others have used the caches takes 0.2 ms to get going
+        positions = 300_000  # a rate: the first call after others have used the caches takes 0.2 ms to get going
         masses = torch.rand(experts, positions, generator=random).to(device)
         offsets = torch.arange(0, positions + 1, 500).to(device)
         slow, fast = interleaved(
