@@ -149,7 +149,8 @@ async def test_metrics_show_an_expert_that_is_lost(tmp_path: Path) -> None:
         await running.servers["e1"].stop()
         for _ in range(100):
             found = await scrape(running)
-            if not found["expert_up", "e1"]:
+            # Counted a moment after the expert no longer takes work.
+            if found["expert_lost_total", "e1"]:
                 break
             await asyncio.sleep(0.02)
         assert (found["expert_up", "e0"], found["expert_up", "e1"]) == (1, 0)
