@@ -44,7 +44,6 @@ class PackedBatch:
         self.runs = tuple(runs)
         positions = [position for run in runs for position in range(run.start, run.stop)]
         self.positions = torch.tensor(positions, device=device)
-        self._device = device
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
         self._rows: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -54,15 +53,16 @@ class PackedBatch:
         if key not in self._rows:
             first = [run.slot * heads * context + at for run in self.runs for at in range(run.start, run.stop)]
             every = torch.tensor(first)[:, None] + torch.arange(heads) * context
-            self._rows[key] = every.flatten().to(self._device)
+            self._rows[key] = every.flatten().to(self.positions.device)
         return self._rows[key]
 
     def mask(self, run: Run, first: int, window: int | None) -> torch.Tensor:
         """bool [count, stop - first]: which of the keys from position `first` on each row of `run` sees."""
         key = (run.start, run.count, window)
         if key not in self._masks:
-            queries = torch.arange(run.start, run.stop, device=self._device)[:, None]
-            keys = torch.arange(first, run.stop, device=self._device)
+            device = self.positions.device
+            queries = torch.arange(run.start, run.stop, device=device)[:, None]
+            keys = torch.arange(first, run.stop, device=device)
             seen = keys <= queries
             self._masks[key] = seen if window is None else seen & (keys > queries - window)
         return self._masks[key]

@@ -227,7 +227,7 @@ TS_INLINE float joint_exponents_any(const Powers& own, const float* laws, int64_
 
 // The sum of 2^(x - offset); the exponents are in the nearest cache. A loop of its own: the processor looks further ahead
 // in two short loops than in one that does both.
-TS_INLINE float sum_of_powers(const float* x, int64_t width, float offset) {
+TS_INLINE double sum_of_powers(const float* x, int64_t width, float offset) {
     Floats even = splat(0.0f), odd = splat(0.0f);
     int64_t i = 0;
     for (; i + 2 * LANES <= width; i += 2 * LANES) {
@@ -235,7 +235,7 @@ TS_INLINE float sum_of_powers(const float* x, int64_t width, float offset) {
         odd += power_of_two(load(x + i + LANES) - splat(offset));
     }
     for (; i < width; i += LANES) even += power_of_two(load(x + i) - splat(offset));
-    return sum_of_lanes(even + odd);
+    return total(even + odd);
 }
 
 // log_probs: float [positions, experts, symbols]; targets: int64 [positions]; weights: double [particles, experts];
@@ -288,7 +288,7 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                 }
                 const float top = joint_exponents_any(own, laws.data(), width, exponents.data());
                 sum += at_target;
-                own.product *= double(sum_of_powers(exponents.data(), width, top));
+                own.product *= sum_of_powers(exponents.data(), width, top);
                 own.exponents += double(top);
                 if (own.product > 1e200) {
                     own.logs += std::log2(own.product);

@@ -22,12 +22,6 @@ TS_INLINE Ints as_ints(Floats x) { Ints y; std::memcpy(&y, &x, sizeof y); return
 TS_INLINE Floats load(const float* p) { Floats x; std::memcpy(&x, p, sizeof x); return x; }
 TS_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 TS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-TS_INLINE bool any(Ints mask) {
-    Longs parts;
-    std::memcpy(&parts, &mask, sizeof parts);
-    return (parts[0] | parts[1] | parts[2] | parts[3]) != 0;
-}
-
 TS_INLINE Quads half(Floats x, int which) {
     Quads parts[2];
     std::memcpy(parts, &x, sizeof parts);
@@ -40,15 +34,9 @@ TS_INLINE float largest(Floats x) {
     return a > b ? a : b;
 }
 
-TS_INLINE float sum_of_lanes(Floats x) {
-    Quads sum = half(x, 0) + half(x, 1);
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
 TS_INLINE double total(Floats x) {
-    double sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
+    Doubles sum = __builtin_convertvector(half(x, 0), Doubles) + __builtin_convertvector(half(x, 1), Doubles);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // 2^x for x in [-0.5, 0.5], to 2e-7 (minimax of those that are exact at 0). Estrin's scheme: a short chain of dependent
