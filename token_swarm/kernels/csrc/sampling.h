@@ -103,14 +103,12 @@ inline float cut_at(const float* row, int64_t width, float floor, Cut wanted) {
 
 TS_INLINE double sum_from(const float* row, int64_t width, float threshold) {
     Doubles a = {0, 0, 0, 0}, b = {0, 0, 0, 0};
-    typedef float Quarter __attribute__((vector_size(16)));
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
         Floats x = load(row + i);
         x = as_floats(as_ints(x) & (x >= splat(threshold)));
-        Quarter low = {x[0], x[1], x[2], x[3]}, high = {x[4], x[5], x[6], x[7]};
-        a += __builtin_convertvector(low, Doubles);
-        b += __builtin_convertvector(high, Doubles);
+        a += __builtin_convertvector(half(x, 0), Doubles);
+        b += __builtin_convertvector(half(x, 1), Doubles);
     }
     a += b;
     double sum = a[0] + a[1] + a[2] + a[3];
