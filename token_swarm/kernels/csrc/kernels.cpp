@@ -13,6 +13,8 @@
 
 #define TS_API extern "C" __attribute__((visibility("default")))
 
+#define TS_LANES 8
+#define TS_STEPS 1
 #define TS_NAMESPACE baseline
 #include "targets.inc"
 #undef TS_NAMESPACE
@@ -25,6 +27,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt")
 #endif
+#undef TS_STEPS
+#define TS_STEPS 8
 #define TS_NAMESPACE avx2
 #include "targets.inc"
 #undef TS_NAMESPACE
@@ -36,6 +40,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
 #endif
+#undef TS_LANES
+#undef TS_STEPS
+#define TS_LANES 16
+#define TS_STEPS 16
 #define TS_NAMESPACE avx512
 #include "targets.inc"
 #undef TS_NAMESPACE

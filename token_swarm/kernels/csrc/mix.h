@@ -67,22 +67,19 @@ TS_INLINE Floats exponent_tail(const Exponent& x, int64_t i, int64_t high, float
 
 struct Block {
     float top;
-    bool odd;  // infinities or NaN
+    bool odd;  // NaN or plus infinity
     double sum;
 };
 
 // One block of 2^(exponent - offset): its sum, its largest exponent and, unless out is null, the powers themselves.
 template <class T, int EXPERTS, bool STORE>
 TS_INLINE Block powers(const Exponent& x, int64_t low, int64_t high, float offset, float* out) {
-    Floats top = splat(-INF), even = splat(0.0f), uneven = splat(0.0f), odd = splat(0.0f);
+    Floats top = splat(-INF), even = splat(0.0f), uneven = splat(0.0f);
     int64_t i = low;
     for (; i + 2 * LANES <= high; i += 2 * LANES) {
         Floats x0 = exponent_at<T, EXPERTS>(x, i, offset), x1 = exponent_at<T, EXPERTS>(x, i + LANES, offset);
         top = larger(x0, top);
         top = larger(x1, top);
-        // Stays 0 unless an exponent is infinite or NaN.
-        odd += x0 * splat(0.0f);
-        odd += x1 * splat(0.0f);
         Floats y0 = power_of_two(x0), y1 = power_of_two(x1);
         if (STORE) {
             store(out + i, y0);
@@ -91,18 +88,17 @@ TS_INLINE Block powers(const Exponent& x, int64_t low, int64_t high, float offse
         even += y0;
         uneven += y1;
     }
-    Floats sum = even + uneven;
     for (; i < high; i += LANES) {
         const bool whole = i + LANES <= high;
         Floats exponent = whole ? exponent_at<T, EXPERTS>(x, i, offset) : exponent_tail<T, EXPERTS>(x, i, high, offset);
         top = larger(exponent, top);
-        for (int64_t k = 0; k < LANES && i + k < high; k++) odd[k] += exponent[k] * 0.0f;
         Floats power = power_of_two(exponent);
         if (STORE)
             for (int64_t k = 0; k < LANES && i + k < high; k++) out[i + k] = power[k];
-        sum += power;
+        even += power;
     }
-    return {largest(top) + offset, !(total(odd) == 0), total(sum)};
+    const double sum = total(even + uneven);
+    return {largest(top) + offset, sum != sum, sum};
 }
 
 // A pivot near the largest logit: the largest of the first few. Never mind what comes later.
@@ -120,7 +116,7 @@ TS_INLINE float pivot_of(const Asked& one, const Runs& runs) {
 constexpr float HEADROOM = 100, FLOORROOM = 20;
 
 // Runs over all blocks with `block(run, offset)`, raising the offset where needed. offsets[r] is the one that block r was
-// done with. False for a bad row; `repair` looks at a block with infinities or NaN.
+// done with. False for a bad row; `repair` looks at a block with NaN or plus infinity.
 template <class F, class R>
 TS_INLINE bool accumulate(const Runs& runs, std::vector<float>& offsets, F block, R repair, float& offset, double& sum) {
     offsets.resize(runs.size());
@@ -179,7 +175,7 @@ TS_INLINE bool normalise(const Asked& one, const Runs& runs, std::vector<float>&
     auto block = [&](std::pair<int64_t, int64_t> run, float offset) __attribute__((always_inline)) {
         return powers<T, 1, STORE>(x, run.first, run.second, offset, out);
     };
-    // Minus infinity adds nothing and is right as it is; anything else that is not finite is bad.
+    // An exponent far above the offset may look like one.
     auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) {
         for (int64_t i = run.first; i < run.second; i++) {
             float v = T::one(one.row, i);
@@ -242,7 +238,7 @@ TS_INLINE bool linear_row(const Asked* asked, int count, const Runs& runs, int64
     return true;
 }
 
-// A block with infinities or NaN, element by element: NaN and +inf are bad, -inf excludes whatever the weight's sign.
+// A block with odd exponents, element by element: NaN and +inf are bad, -inf excludes whatever the weight's sign.
 inline bool repair_joint(const Asked* asked, int count, const Exponent& x, int64_t low, int64_t high, float offset,
                          float* out, Block& done) {
     done = {-INF, false, 0};

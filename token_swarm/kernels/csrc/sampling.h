@@ -102,16 +102,15 @@ inline float cut_at(const float* row, int64_t width, float floor, Cut wanted) {
 }
 
 TS_INLINE double sum_from(const float* row, int64_t width, float threshold) {
-    Doubles a = {0, 0, 0, 0}, b = {0, 0, 0, 0};
+    Doubles a = {}, b = {};
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
         Floats x = load(row + i);
         x = as_floats(as_ints(x) & (x >= splat(threshold)));
-        a += __builtin_convertvector(half(x, 0), Doubles);
-        b += __builtin_convertvector(half(x, 1), Doubles);
+        a += as_doubles(half(x, 0));
+        b += as_doubles(half(x, 1));
     }
-    a += b;
-    double sum = a[0] + a[1] + a[2] + a[3];
+    double sum = total(a + b);
     for (; i < width; i++) sum += row[i] >= threshold ? row[i] : 0.0f;
     return sum;
 }

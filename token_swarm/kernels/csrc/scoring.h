@@ -13,14 +13,24 @@ TS_INLINE void renormalise(Product& p) {
     p.mantissa = as_floats(bits - (n << 23));
 }
 
-TS_INLINE double logarithm(const Product& p) {
-    double pairs[4];  // of factors in [1, 2)
-    int64_t exponent = 0;
-    for (int k = 0; k < 4; k++) {
-        pairs[k] = double(p.mantissa[k]) * double(p.mantissa[k + 4]);
-        exponent += int64_t(p.exponent[k]) + p.exponent[k + 4];
+// A product over all lanes, of factors in [1, 2), and the exponent that belongs to it.
+struct Folded {
+    double mantissa, exponent;
+};
+
+TS_INLINE Folded fold(const Product& p) {
+    Quads mantissas[LANES / 4];
+    QuadInts exponents[LANES / 4];
+    std::memcpy(mantissas, &p.mantissa, sizeof mantissas);
+    std::memcpy(exponents, &p.exponent, sizeof exponents);
+    Quads mantissa = mantissas[0];
+    QuadInts exponent = exponents[0];
+    for (int k = 1; k < LANES / 4; k++) {
+        mantissa *= mantissas[k];
+        exponent += exponents[k];
     }
-    return std::log((pairs[0] * pairs[1]) * (pairs[2] * pairs[3])) + double(exponent) * M_LN2;
+    return {(double(mantissa[0]) * double(mantissa[1])) * (double(mantissa[2]) * double(mantissa[3])),
+            double((exponent[0] + exponent[1]) + (exponent[2] + exponent[3]))};
 }
 
 constexpr int64_t CHUNK = 512;  // positions whose masses stay in the nearest cache while all particles read them
@@ -52,20 +62,20 @@ inline Relative relative_weights(const double* own, int64_t experts) {
 // Over one chunk: where its columns of scaled masses are.
 struct Columns {
     const float* column[MAX_EXPERTS];
-    Floats weight[MAX_EXPERTS];
+    float weight[MAX_EXPERTS];
 };
 
 template <int EXPERTS>
 TS_INLINE Floats mixture(const Columns& own, int64_t experts, int64_t i) {
     Floats x = load(own.column[0] + i);
-    for (int64_t e = 1; e < (EXPERTS ? EXPERTS : experts); e++) x += own.weight[e] * load(own.column[e] + i);
+    for (int64_t e = 1; e < (EXPERTS ? EXPERTS : experts); e++) x += splat(own.weight[e]) * load(own.column[e] + i);
     return x;
 }
 
-// Log of the product over `full` positions of the mixtures, AT_ONCE vectors between two renormalisations. `lowest` is
-// the least product that came up: below 2^-120 float32 may have lost digits.
+// The product over `full` positions of the mixtures, AT_ONCE vectors between two renormalisations. `lowest` is the
+// least product that came up: below 2^-120 float32 may have lost digits.
 template <int EXPERTS, int AT_ONCE>
-TS_INLINE double log_product(const Columns& own, int64_t experts, int64_t full, float& lowest) {
+TS_INLINE Folded product_of(const Columns& own, int64_t experts, int64_t full, float& lowest) {
     Product product = {splat(1.0f), splat(int32_t(0))};
     Floats least = splat(INF);
     int64_t i = 0;
@@ -90,21 +100,63 @@ TS_INLINE double log_product(const Columns& own, int64_t experts, int64_t full, 
         product.mantissa *= x;
         renormalise(product);
     }
-    lowest = -largest(-least);
-    return logarithm(product);
+    lowest = smallest(least);
+    return fold(product);
 }
 
 template <int AT_ONCE>
-TS_INLINE double log_product_any(const Columns& own, int64_t experts, int64_t full, float& lowest) {
+TS_INLINE Folded product_of_any(const Columns& own, int64_t experts, int64_t full, float& lowest) {
     switch (experts) {
-        case 2: return log_product<2, AT_ONCE>(own, experts, full, lowest);
-        case 3: return log_product<3, AT_ONCE>(own, experts, full, lowest);
-        case 4: return log_product<4, AT_ONCE>(own, experts, full, lowest);
-        case 5: return log_product<5, AT_ONCE>(own, experts, full, lowest);
-        case 6: return log_product<6, AT_ONCE>(own, experts, full, lowest);
-        default: return log_product<0, AT_ONCE>(own, experts, full, lowest);
+        case 2: return product_of<2, AT_ONCE>(own, experts, full, lowest);
+        case 3: return product_of<3, AT_ONCE>(own, experts, full, lowest);
+        case 4: return product_of<4, AT_ONCE>(own, experts, full, lowest);
+        case 5: return product_of<5, AT_ONCE>(own, experts, full, lowest);
+        case 6: return product_of<6, AT_ONCE>(own, experts, full, lowest);
+        default: return product_of<0, AT_ONCE>(own, experts, full, lowest);
     }
 }
+
+// The masses of one chunk, each position's divided by its largest.
+struct Scaled {
+    alignas(64) float column[MAX_EXPERTS][CHUNK];
+    int64_t full;      // positions, in whole vectors: those that were added have masses of 1
+    double log_scales;  // of what was divided by
+
+    // False when nobody gave a position any mass.
+    bool read(const float* masses, int64_t stride, int64_t experts, int64_t n) {
+        full = (n + LANES - 1) / LANES * LANES;
+        alignas(64) float top[CHUNK];
+        std::fill(top, top + full, 0.0f);
+        for (int64_t e = 0; e < experts; e++) {
+            const float* from = masses + e * stride;
+            for (int64_t i = 0; i < n; i++) top[i] = from[i] > top[i] ? from[i] : top[i];
+        }
+        for (int64_t i = n; i < full; i++) top[i] = 1.0f;
+        Floats least = splat(INF);
+        Product scales[2] = {{splat(1.0f), splat(int32_t(0))}, {splat(1.0f), splat(int32_t(0))}};
+        for (int64_t i = 0; i < full; i += LANES) {
+            Floats x = load(top + i);
+            least = x < least ? x : least;
+            // A denormal has no reciprocal: counted as the least normal number, what is left of the mass stays exact.
+            x = larger(x, splat(1.17549435e-38f));
+            store(top + i, splat(1.0f) / x);
+            Product one = {x, splat(int32_t(0))};
+            renormalise(one);  // a mass may be as small as floats are
+            Product& own = scales[i / LANES & 1];
+            own.mantissa *= one.mantissa;
+            own.exponent += one.exponent;
+            renormalise(own);
+        }
+        const Folded even = fold(scales[0]), odd = fold(scales[1]);
+        log_scales = std::log(even.mantissa * odd.mantissa) + (even.exponent + odd.exponent) * M_LN2;
+        for (int64_t e = 0; e < experts; e++) {
+            const float* from = masses + e * stride;
+            for (int64_t i = 0; i < n; i++) column[e][i] = from[i] * top[i];
+            for (int64_t i = n; i < full; i++) column[e][i] = 1.0f;
+        }
+        return smallest(least) > 0;
+    }
+};
 
 // masses: float [experts, positions] with row stride `stride`; weights: double [particles, experts]; offsets: int64
 // [items + 1]; out: double [particles, items]. As reference.score_linear.
@@ -112,61 +164,38 @@ inline void score_linear(int64_t experts, int64_t particles, int64_t items, cons
                          const double* weights, const int64_t* offsets, double* out) {
     // Scaled by the largest mass of the position, mixtures stay near 1 and many may be multiplied before the exponent is
     // taken out; the scales are the same for every particle and are added as logarithms.
-    alignas(32) float scaled[MAX_EXPERTS][CHUNK];
-    alignas(32) float top[CHUNK], inverse[CHUNK];
+    static thread_local Scaled scaled;
     std::vector<Relative> all(particles);
+    std::vector<double> mantissas(particles), exponents(particles);
+    std::vector<float> lowest(particles);
     for (int64_t p = 0; p < particles; p++) all[p] = relative_weights(weights + p * experts, experts);
     for (int64_t item = 0; item < items; item++) {
         for (int64_t p = 0; p < particles; p++) out[p * items + item] = 0;
         for (int64_t low = offsets[item]; low < offsets[item + 1]; low += CHUNK) {
-            const int64_t n = std::min(CHUNK, offsets[item + 1] - low), full = (n + LANES - 1) / LANES * LANES;
-            std::fill(top, top + full, 0.0f);
-            for (int64_t e = 0; e < experts; e++) {
-                const float* from = masses + e * stride + low;
-                for (int64_t i = 0; i < n; i++) top[i] = from[i] > top[i] ? from[i] : top[i];
-            }
-            for (int64_t i = n; i < full; i++) top[i] = 1.0f;
-            Floats smallest = splat(INF);
-            for (int64_t i = 0; i < full; i += LANES) {
-                Floats x = load(top + i);
-                smallest = x < smallest ? x : smallest;
-                // A denormal has no reciprocal: counted as the least normal number, what is left of the mass stays exact.
-                store(top + i, larger(x, splat(1.17549435e-38f)));
-            }
-            if (!(-largest(-smallest) > 0)) {
+            const int64_t n = std::min(CHUNK, offsets[item + 1] - low);
+            if (!scaled.read(masses + low, stride, experts, n)) {
                 for (int64_t p = 0; p < particles; p++) out[p * items + item] = -INF_D;
                 continue;
             }
-            for (int64_t i = 0; i < full; i++) inverse[i] = 1.0f / top[i];
-            Product scales = {splat(1.0f), splat(int32_t(0))};
-            for (int64_t i = 0; i < full; i += LANES) {
-                Product one = {load(top + i), splat(int32_t(0))};
-                renormalise(one);  // a mass may be as small as floats are
-                scales.mantissa *= one.mantissa;
-                scales.exponent += one.exponent;
-                renormalise(scales);
-            }
-            const double log_scales = logarithm(scales);
-            for (int64_t e = 0; e < experts; e++) {
-                const float* from = masses + e * stride + low;
-                for (int64_t i = 0; i < n; i++) scaled[e][i] = from[i] * inverse[i];
-                for (int64_t i = n; i < full; i++) scaled[e][i] = 1.0f;
-            }
+            constexpr float SAFE = 7.5e-37f;  // 2^-120
             for (int64_t p = 0; p < particles; p++) {
-                double& sum = out[p * items + item];
-                const Relative& relative = all[p];
                 Columns columns;
                 for (int64_t e = 0; e < experts; e++) {
-                    columns.column[e] = scaled[relative.expert[e]];
-                    columns.weight[e] = splat(relative.weight[e]);
+                    columns.column[e] = scaled.column[all[p].expert[e]];
+                    columns.weight[e] = all[p].weight[e];
                 }
-                constexpr float SAFE = 7.5e-37f;  // 2^-120
-                float lowest;
-                double logs = log_product_any<8>(columns, experts, full, lowest);
-                if (!(lowest >= SAFE)) logs = log_product_any<1>(columns, experts, full, lowest);
-                if (lowest >= SAFE) {
+                Folded product = product_of_any<8>(columns, experts, scaled.full, lowest[p]);
+                if (!(lowest[p] >= SAFE)) product = product_of_any<1>(columns, experts, scaled.full, lowest[p]);
+                mantissas[p] = product.mantissa;
+                exponents[p] = product.exponent;
+            }
+            log2_all(mantissas.data(), mantissas.data(), int(particles));
+            for (int64_t p = 0; p < particles; p++) {
+                double& sum = out[p * items + item];
+                if (lowest[p] >= SAFE) {
                     // The padding of the last vector holds the sum of the weights; it is taken off again.
-                    sum += log_scales + logs + double(n) * relative.log_heaviest - double(full - n) * relative.log_total;
+                    sum += scaled.log_scales + (mantissas[p] + exponents[p]) * M_LN2 +
+                           double(n) * all[p].log_heaviest - double(scaled.full - n) * all[p].log_total;
                     continue;
                 }
                 // A particle whose best experts have next to no weight: one logarithm a position.
@@ -191,51 +220,77 @@ struct Powers {
     double exponents, product, logs;
 };
 
-// The exponents, base 2, of one particle's joint law at one position; returns the largest. laws: [experts, width], width
-// a multiple of LANES. EXPERTS 0: any number.
+// The joint law of one particle at one position as exponents, base 2: less `offset` from the start, so that the sum is
+// rounded where it is small. EXPERTS 0: any number.
 template <int EXPERTS, bool NEGATIVE>
-TS_INLINE float joint_exponents(const Powers& own, const float* laws, int64_t width, float* out) {
-    const int count = EXPERTS ? EXPERTS : own.count;
-    const float* law[EXPERTS ? EXPERTS : MAX_EXPERTS];
-    for (int k = 0; k < count; k++) law[k] = laws + own.experts[k] * width;
-    Floats top = splat(-INF);
-    for (int64_t i = 0; i < width; i += LANES) {
-        Floats x = splat(0.0f);
-        for (int k = 0; k < count; k++) {
-            Floats l = load(law[k] + i), term = splat(own.scale[k]) * l;
-            // A symbol that an expert excludes stays out whatever the sign of the weight.
-            x += NEGATIVE ? (l == splat(-INF) ? l : term) : term;
-        }
-        store(out + i, x);
-        top = larger(x, top);
+TS_INLINE Floats joint_exponent(const Powers& own, const float* const* law, int64_t i, float offset) {
+    Floats x = splat(-offset);
+    for (int k = 0; k < (EXPERTS ? EXPERTS : own.count); k++) {
+        Floats l = load(law[k] + i);
+        // A symbol that an expert excludes stays out whatever the sign of the weight.
+        x += NEGATIVE ? (l == splat(-INF) ? l : splat(own.scale[k]) * l) : splat(own.scale[k]) * l;
     }
+    return x;
+}
+
+// Where the laws of a particle's experts are. laws: [experts, width], width a multiple of LANES.
+template <int EXPERTS>
+struct Laws {
+    const float* law[EXPERTS ? EXPERTS : MAX_EXPERTS];
+
+    Laws(const Powers& own, const float* laws, int64_t width) {
+        for (int k = 0; k < (EXPERTS ? EXPERTS : own.count); k++) law[k] = laws + own.experts[k] * width;
+    }
+};
+
+template <int EXPERTS, bool NEGATIVE>
+TS_INLINE float largest_exponent(const Powers& own, const float* laws, int64_t width) {
+    const Laws<EXPERTS> at(own, laws, width);
+    Floats top = splat(-INF);
+    for (int64_t i = 0; i < width; i += LANES) top = larger(joint_exponent<EXPERTS, NEGATIVE>(own, at.law, i, 0), top);
     return largest(top);
 }
 
-TS_INLINE float joint_exponents_any(const Powers& own, const float* laws, int64_t width, float* out) {
-    if (own.negative) return joint_exponents<0, true>(own, laws, width, out);
-    switch (own.count) {
-        case 1: return joint_exponents<1, false>(own, laws, width, out);
-        case 2: return joint_exponents<2, false>(own, laws, width, out);
-        case 3: return joint_exponents<3, false>(own, laws, width, out);
-        case 4: return joint_exponents<4, false>(own, laws, width, out);
-        case 5: return joint_exponents<5, false>(own, laws, width, out);
-        case 6: return joint_exponents<6, false>(own, laws, width, out);
-        default: return joint_exponents<0, false>(own, laws, width, out);
-    }
-}
-
-// The sum of 2^(x - offset); the exponents are in the nearest cache. A loop of its own: the processor looks further ahead
-// in two short loops than in one that does both.
-TS_INLINE double sum_of_powers(const float* x, int64_t width, float offset) {
+// The sum of 2^(exponent - offset).
+template <int EXPERTS, bool NEGATIVE>
+TS_INLINE double sum_of_powers(const Powers& own, const float* laws, int64_t width, float offset) {
+    const Laws<EXPERTS> at(own, laws, width);
     Floats even = splat(0.0f), odd = splat(0.0f);
     int64_t i = 0;
     for (; i + 2 * LANES <= width; i += 2 * LANES) {
-        even += power_of_two(load(x + i) - splat(offset));
-        odd += power_of_two(load(x + i + LANES) - splat(offset));
+        even += power_of_two(joint_exponent<EXPERTS, NEGATIVE>(own, at.law, i, offset));
+        odd += power_of_two(joint_exponent<EXPERTS, NEGATIVE>(own, at.law, i + LANES, offset));
     }
-    for (; i < width; i += LANES) even += power_of_two(load(x + i) - splat(offset));
+    for (; i < width; i += LANES) even += power_of_two(joint_exponent<EXPERTS, NEGATIVE>(own, at.law, i, offset));
     return total(even + odd);
+}
+
+// The sum and the offset that it is relative to. `tops`: the largest log-probability of each expert. Weights that are not
+// negative bound the joint law by them, which saves a pass over it to find the largest exponent; where experts disagree so
+// much that the bound is far off, and for negative weights, that pass is made.
+template <int EXPERTS>
+TS_INLINE double normaliser(const Powers& own, const float* laws, const float* tops, int64_t width, float& offset) {
+    constexpr double SAFE = 1e-24;  // 2^-80: the largest term is not among those that lost digits
+    if (!own.negative) {
+        offset = 0;
+        for (int k = 0; k < (EXPERTS ? EXPERTS : own.count); k++) offset += own.scale[k] * tops[own.experts[k]];
+        const double sum = sum_of_powers<EXPERTS, false>(own, laws, width, offset);
+        if (sum >= SAFE) return sum;
+    }
+    offset = largest_exponent<EXPERTS, true>(own, laws, width);
+    return sum_of_powers<EXPERTS, true>(own, laws, width, offset);
+}
+
+TS_INLINE double normaliser_any(const Powers& own, const float* laws, const float* tops, int64_t width, float& offset) {
+    switch (own.count) {
+        case 1: return normaliser<1>(own, laws, tops, width, offset);
+        case 2: return normaliser<2>(own, laws, tops, width, offset);
+        case 3: return normaliser<3>(own, laws, tops, width, offset);
+        case 4: return normaliser<4>(own, laws, tops, width, offset);
+        case 5: return normaliser<5>(own, laws, tops, width, offset);
+        case 6: return normaliser<6>(own, laws, tops, width, offset);
+        default: return normaliser<0>(own, laws, tops, width, offset);
+    }
 }
 
 // log_probs: float [positions, experts, symbols]; targets: int64 [positions]; weights: double [particles, experts];
@@ -244,7 +299,7 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                              const int64_t* targets, const double* weights, const int64_t* offsets, double* out) {
     const int64_t width = (symbols + LANES - 1) / LANES * LANES;
     // One position's laws, of whole vectors: what is added has probability 0.
-    std::vector<float> laws(experts * width, -INF), exponents(width);
+    std::vector<float> laws(experts * width, -INF), tops(experts);
     std::vector<Powers> all(particles);
     for (int64_t p = 0; p < particles; p++) {
         Powers& own = all[p];
@@ -266,8 +321,13 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
             all[p].product = 1;
         }
         for (int64_t n = offsets[item]; n < offsets[item + 1]; n++) {
-            for (int64_t e = 0; e < experts; e++)
-                std::memcpy(&laws[e * width], log_probs + (n * experts + e) * symbols, symbols * sizeof(float));
+            for (int64_t e = 0; e < experts; e++) {
+                float* law = &laws[e * width];
+                std::memcpy(law, log_probs + (n * experts + e) * symbols, symbols * sizeof(float));
+                Floats top = splat(-INF);
+                for (int64_t i = 0; i < width; i += LANES) top = larger(load(law + i), top);
+                tops[e] = largest(top);
+            }
             for (int64_t p = 0; p < particles; p++) {
                 Powers& own = all[p];
                 double& sum = out[p * items + item];
@@ -286,11 +346,11 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                     sum = -INF_D;
                     continue;
                 }
-                const float top = joint_exponents_any(own, laws.data(), width, exponents.data());
+                float offset;
+                own.product *= normaliser_any(own, laws.data(), tops.data(), width, offset);
                 sum += at_target;
-                own.product *= sum_of_powers(exponents.data(), width, top);
-                own.exponents += double(top);
-                if (own.product > 1e200) {
+                own.exponents += double(offset);
+                if (own.product > 1e200 || own.product < 1e-200) {
                     own.logs += std::log2(own.product);
                     own.product = 1;
                 }

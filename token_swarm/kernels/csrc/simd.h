@@ -3,41 +3,60 @@
 // Helpers must be inlined: a function of its own would pass vectors in memory.
 #define TS_INLINE static inline __attribute__((always_inline))
 
-constexpr int LANES = 8;
-typedef float Floats __attribute__((vector_size(32)));
+// TS_LANES: as wide as the target's registers, 8, or 16 with AVX-512. TS_STEPS: the floats that one instruction looks up
+// in a register, 1 where there is none that does.
+constexpr int LANES = TS_LANES;
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 typedef float Quads __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
-typedef double Doubles __attribute__((vector_size(32)));
-typedef int64_t Longs __attribute__((vector_size(32)));
+typedef int32_t QuadInts __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef double Doubles __attribute__((vector_size(4 * LANES)));  // half as many
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NAN_F = std::numeric_limits<float>::quiet_NaN();
 constexpr double INF_D = std::numeric_limits<double>::infinity();
 
-TS_INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x}; }
-TS_INLINE Ints splat(int32_t x) { return Ints{x, x, x, x, x, x, x, x}; }
+TS_INLINE Floats splat(float x) { return x - Floats{}; }  // minus: -0 + 0 would be 0
+TS_INLINE Ints splat(int32_t x) { return x - Ints{}; }
 TS_INLINE Floats as_floats(Ints x) { Floats y; std::memcpy(&y, &x, sizeof y); return y; }
 TS_INLINE Ints as_ints(Floats x) { Ints y; std::memcpy(&y, &x, sizeof y); return y; }
 TS_INLINE Floats load(const float* p) { Floats x; std::memcpy(&x, p, sizeof x); return x; }
 TS_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 TS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-TS_INLINE Quads half(Floats x, int which) {
-    Quads parts[2];
+TS_INLINE HalfFloats half(Floats x, int which) {
+    HalfFloats parts[2];
     std::memcpy(parts, &x, sizeof parts);
     return parts[which];
 }
 
 TS_INLINE float largest(Floats x) {
-    Quads low = half(x, 0), high = half(x, 1), m = low > high ? low : high;
+    Quads parts[LANES / 4];
+    std::memcpy(parts, &x, sizeof parts);
+    Quads m = parts[0];
+    for (int k = 1; k < LANES / 4; k++) m = m > parts[k] ? m : parts[k];
     const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
     return a > b ? a : b;
 }
 
-TS_INLINE double total(Floats x) {
-    Doubles sum = __builtin_convertvector(half(x, 0), Doubles) + __builtin_convertvector(half(x, 1), Doubles);
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+TS_INLINE float smallest(Floats x) { return -largest(-x); }
+
+TS_INLINE double total(Doubles x) {
+    double sum = x[0];
+    for (int k = 1; k < LANES / 2; k++) sum += x[k];
+    return sum;
 }
+
+TS_INLINE double total(Floats x) {
+    Quads parts[LANES / 4];
+    std::memcpy(parts, &x, sizeof parts);
+    Quads sum = parts[0];
+    for (int k = 1; k < LANES / 4; k++) sum += parts[k];
+    return (double(sum[0]) + double(sum[1])) + (double(sum[2]) + double(sum[3]));
+}
+
+TS_INLINE Doubles as_doubles(HalfFloats x) { return __builtin_convertvector(x, Doubles); }
 
 // 2^x for x in [-0.5, 0.5], to 2e-7 (minimax of those that are exact at 0). Estrin's scheme: a short chain of dependent
 // operations.
@@ -49,12 +68,41 @@ TS_INLINE Floats exp2_fraction(Floats x) {
     return (high * xx + middle) * xx + low;
 }
 
-// 2^x for x <= 127; 0 from -127 down, and something of that order just above. NaN gives 0: find NaN beforehand.
+// TS_STEPS powers of two between 1 and 2 as bits, each less the bits that its index brings with it when it is shifted to
+// the top of the fraction. One register, looked up with one instruction; minimax polynomials do the rest.
+#if TS_STEPS == 16
+constexpr int STEP_BITS = 4;
+TS_INLINE Ints power_steps() {
+    return Ints{0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+                0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+}
+TS_INLINE Floats exp2_rest(Floats x) {  // |x| <= 1/32, to 4.3e-7
+    return (x * splat(2.4021946252e-1f) + splat(6.9318783137e-1f)) * x + splat(1.0f);
+}
+TS_INLINE Ints step_of(Ints n) { return __builtin_shuffle(power_steps(), n); }
+#elif TS_STEPS == 8
+constexpr int STEP_BITS = 3;
+TS_INLINE Ints power_steps() {
+    return Ints{0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+}
+TS_INLINE Floats exp2_rest(Floats x) {  // |x| <= 1/16, to 1e-7
+    return ((x * splat(5.5498900462e-2f) + splat(2.4026407290e-1f)) * x + splat(6.9314720853e-1f)) * x + splat(1.0f);
+}
+TS_INLINE Ints step_of(Ints n) { return __builtin_shuffle(power_steps(), n); }
+#else
+constexpr int STEP_BITS = 0;
+TS_INLINE Floats exp2_rest(Floats x) { return exp2_fraction(x); }
+TS_INLINE Ints step_of(Ints) { return splat(0x3f800000); }
+#endif
+
+// 2^x for x <= 127; 0 from -127 down, and something of that order just above. NaN and infinity give NaN.
 TS_INLINE Floats power_of_two(Floats x) {
-    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    x = larger(x, splat(-127.0f));
-    Floats shifted = x + magic;
-    return as_floats(as_ints(exp2_fraction(x - (shifted - magic))) + (as_ints(shifted) << 23));
+    // 1.5 * 2^23 over the number of steps: adding it rounds to a whole number of steps.
+    const Floats magic = splat(12582912.0f / (1 << STEP_BITS));
+    x = larger(splat(-127.0f), x);  // in this order NaN stays
+    const Floats shifted = x + magic;
+    const Ints n = as_ints(shifted), scale = step_of(n) + (n << (23 - STEP_BITS));
+    return as_floats(scale) * exp2_rest(x - (shifted - magic));
 }
 
 // log2(m) of m in [sqrt(1/2), sqrt(2)]: log2((1 + t) / (1 - t)) as an odd series in t.
