@@ -220,76 +220,116 @@ struct Powers {
     double exponents, product, logs;
 };
 
-// The joint law of one particle at one position as exponents, base 2: less `offset` from the start, so that the sum is
-// rounded where it is small. EXPERTS 0: any number.
-template <int EXPERTS, bool NEGATIVE>
-TS_INLINE Floats joint_exponent(const Powers& own, const float* const* law, int64_t i, float offset) {
-    Floats x = splat(-offset);
-    for (int k = 0; k < (EXPERTS ? EXPERTS : own.count); k++) {
-        Floats l = load(law[k] + i);
-        // A symbol that an expert excludes stays out whatever the sign of the weight.
-        x += NEGATIVE ? (l == splat(-INF) ? l : splat(own.scale[k]) * l) : splat(own.scale[k]) * l;
-    }
-    return x;
-}
+// What a joint law needs: of RANGED ones it is known that all exponents are in the range of powers, and SIGNED ones have
+// negative weights.
+enum Kind { RANGED, PLAIN, SIGNED };
 
-// Where the laws of a particle's experts are. laws: [experts, width], width a multiple of LANES.
+// Where the laws of a particle's experts are. laws: [experts, width], width a multiple of LANES. EXPERTS 0: any number.
 template <int EXPERTS>
-struct Laws {
+struct Joint {
+    int count;
     const float* law[EXPERTS ? EXPERTS : MAX_EXPERTS];
+    float scale[EXPERTS ? EXPERTS : MAX_EXPERTS];
 
-    Laws(const Powers& own, const float* laws, int64_t width) {
-        for (int k = 0; k < (EXPERTS ? EXPERTS : own.count); k++) law[k] = laws + own.experts[k] * width;
+    TS_METHOD Joint(const Powers& own, const float* laws, int64_t width) : count(EXPERTS ? EXPERTS : own.count) {
+        for (int k = 0; k < count; k++) {
+            law[k] = laws + own.experts[k] * width;
+            scale[k] = own.scale[k];
+        }
+    }
+
+    // Exponents, base 2, of symbols i and on: less `offset` from the start, so that the sum is rounded where it is small.
+    template <Kind KIND>
+    TS_METHOD Floats exponent(int64_t i, float offset) const {
+        Floats x = splat(-offset);
+        for (int k = 0; k < count; k++) {
+            Floats l = load(law[k] + i);
+            // A symbol that an expert excludes stays out whatever the sign of the weight.
+            x += KIND == SIGNED ? (l == splat(-INF) ? l : splat(scale[k]) * l) : splat(scale[k]) * l;
+        }
+        return x;
+    }
+
+    template <Kind KIND>
+    TS_METHOD Floats power(int64_t i, float offset) const {
+        const Floats x = exponent<KIND>(i, offset);
+        return KIND == RANGED ? power_within(x) : power_of_two(x);
+    }
+
+    TS_METHOD float largest_exponent(int64_t symbols) const {
+        Floats top = splat(-INF);
+        for (int64_t i = 0; i < symbols; i += LANES) top = larger(exponent<SIGNED>(i, 0), top);
+        return largest(top);
+    }
+
+    // The sum of 2^(exponent - offset) over the symbols and what is added to them, which has probability 0.
+    template <Kind KIND>
+    TS_METHOD float sum_of_powers(int64_t symbols, float offset) const {
+        Floats even = splat(0.0f), odd = splat(0.0f);
+        int64_t i = 0;
+        for (; i + 2 * LANES <= symbols; i += 2 * LANES) {
+            even += power<KIND>(i, offset);
+            odd += power<KIND>(i + LANES, offset);
+        }
+        for (; i < symbols; i += LANES) odd += power<KIND == RANGED ? PLAIN : KIND>(i, offset);
+        return total(even + odd);
     }
 };
 
-template <int EXPERTS, bool NEGATIVE>
-TS_INLINE float largest_exponent(const Powers& own, const float* laws, int64_t width) {
-    const Laws<EXPERTS> at(own, laws, width);
-    Floats top = splat(-INF);
-    for (int64_t i = 0; i < width; i += LANES) top = larger(joint_exponent<EXPERTS, NEGATIVE>(own, at.law, i, 0), top);
-    return largest(top);
-}
+// An expert's largest and least log-probability at one position.
+struct Bounds {
+    float high, low;
 
-// The sum of 2^(exponent - offset).
-template <int EXPERTS, bool NEGATIVE>
-TS_INLINE double sum_of_powers(const Powers& own, const float* laws, int64_t width, float offset) {
-    const Laws<EXPERTS> at(own, laws, width);
-    Floats even = splat(0.0f), odd = splat(0.0f);
-    int64_t i = 0;
-    for (; i + 2 * LANES <= width; i += 2 * LANES) {
-        even += power_of_two(joint_exponent<EXPERTS, NEGATIVE>(own, at.law, i, offset));
-        odd += power_of_two(joint_exponent<EXPERTS, NEGATIVE>(own, at.law, i + LANES, offset));
+    Bounds(const float* law, int64_t symbols) {
+        Floats most = splat(-INF), least = splat(INF);
+        int64_t i = 0;
+        for (; i + LANES <= symbols; i += LANES) {
+            const Floats l = load(law + i);
+            most = larger(l, most);
+            least = l < least ? l : least;
+        }
+        high = largest(most);
+        low = smallest(least);
+        for (; i < symbols; i++) {
+            high = law[i] > high ? law[i] : high;
+            low = law[i] < low ? law[i] : low;
+        }
     }
-    for (; i < width; i += LANES) even += power_of_two(joint_exponent<EXPERTS, NEGATIVE>(own, at.law, i, offset));
-    return total(even + odd);
-}
+};
 
-// The sum and the offset that it is relative to. `tops`: the largest log-probability of each expert. Weights that are not
-// negative bound the joint law by them, which saves a pass over it to find the largest exponent; where experts disagree so
-// much that the bound is far off, and for negative weights, that pass is made.
+// The sum and the offset that it is relative to. Weights that are not negative bound the joint law by its experts' own
+// bounds, which saves a pass over it to find the largest exponent; where experts disagree so much that the bound is far
+// off, and for negative weights, that pass is made.
 template <int EXPERTS>
-TS_INLINE double normaliser(const Powers& own, const float* laws, const float* tops, int64_t width, float& offset) {
-    constexpr double SAFE = 1e-24;  // 2^-80: the largest term is not among those that lost digits
+TS_INLINE float normaliser(const Powers& own, const float* laws, int64_t width, const Bounds* bounds, int64_t symbols,
+                           float& offset) {
+    constexpr float SAFE = 1e-24f;  // 2^-80: the largest term is not among those that lost digits
+    const Joint<EXPERTS> joint(own, laws, width);
     if (!own.negative) {
+        float least = 0;
         offset = 0;
-        for (int k = 0; k < (EXPERTS ? EXPERTS : own.count); k++) offset += own.scale[k] * tops[own.experts[k]];
-        const double sum = sum_of_powers<EXPERTS, false>(own, laws, width, offset);
+        for (int k = 0; k < joint.count; k++) {
+            offset += joint.scale[k] * bounds[own.experts[k]].high;
+            least += joint.scale[k] * bounds[own.experts[k]].low;
+        }
+        const float sum = least - offset > -126.0f ? joint.template sum_of_powers<RANGED>(symbols, offset)
+                                                   : joint.template sum_of_powers<PLAIN>(symbols, offset);
         if (sum >= SAFE) return sum;
     }
-    offset = largest_exponent<EXPERTS, true>(own, laws, width);
-    return sum_of_powers<EXPERTS, true>(own, laws, width, offset);
+    offset = joint.largest_exponent(symbols);
+    return joint.template sum_of_powers<SIGNED>(symbols, offset);
 }
 
-TS_INLINE double normaliser_any(const Powers& own, const float* laws, const float* tops, int64_t width, float& offset) {
+TS_INLINE float normaliser_any(const Powers& own, const float* laws, int64_t width, const Bounds* bounds, int64_t symbols,
+                               float& offset) {
     switch (own.count) {
-        case 1: return normaliser<1>(own, laws, tops, width, offset);
-        case 2: return normaliser<2>(own, laws, tops, width, offset);
-        case 3: return normaliser<3>(own, laws, tops, width, offset);
-        case 4: return normaliser<4>(own, laws, tops, width, offset);
-        case 5: return normaliser<5>(own, laws, tops, width, offset);
-        case 6: return normaliser<6>(own, laws, tops, width, offset);
-        default: return normaliser<0>(own, laws, tops, width, offset);
+        case 1: return normaliser<1>(own, laws, width, bounds, symbols, offset);
+        case 2: return normaliser<2>(own, laws, width, bounds, symbols, offset);
+        case 3: return normaliser<3>(own, laws, width, bounds, symbols, offset);
+        case 4: return normaliser<4>(own, laws, width, bounds, symbols, offset);
+        case 5: return normaliser<5>(own, laws, width, bounds, symbols, offset);
+        case 6: return normaliser<6>(own, laws, width, bounds, symbols, offset);
+        default: return normaliser<0>(own, laws, width, bounds, symbols, offset);
     }
 }
 
@@ -299,7 +339,8 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                              const int64_t* targets, const double* weights, const int64_t* offsets, double* out) {
     const int64_t width = (symbols + LANES - 1) / LANES * LANES;
     // One position's laws, of whole vectors: what is added has probability 0.
-    std::vector<float> laws(experts * width, -INF), tops(experts);
+    std::vector<float> laws(experts * width, -INF);
+    std::vector<Bounds> bounds;
     std::vector<Powers> all(particles);
     for (int64_t p = 0; p < particles; p++) {
         Powers& own = all[p];
@@ -321,12 +362,11 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
             all[p].product = 1;
         }
         for (int64_t n = offsets[item]; n < offsets[item + 1]; n++) {
+            bounds.clear();
             for (int64_t e = 0; e < experts; e++) {
                 float* law = &laws[e * width];
                 std::memcpy(law, log_probs + (n * experts + e) * symbols, symbols * sizeof(float));
-                Floats top = splat(-INF);
-                for (int64_t i = 0; i < width; i += LANES) top = larger(load(law + i), top);
-                tops[e] = largest(top);
+                bounds.emplace_back(law, symbols);
             }
             for (int64_t p = 0; p < particles; p++) {
                 Powers& own = all[p];
@@ -347,7 +387,7 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
                     continue;
                 }
                 float offset;
-                own.product *= normaliser_any(own, laws.data(), tops.data(), width, offset);
+                own.product *= normaliser_any(own, laws.data(), width, bounds.data(), symbols, offset);
                 sum += at_target;
                 own.exponents += double(offset);
                 if (own.product > 1e200 || own.product < 1e-200) {

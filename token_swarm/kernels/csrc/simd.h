@@ -2,6 +2,7 @@
 
 // Helpers must be inlined: a function of its own would pass vectors in memory.
 #define TS_INLINE static inline __attribute__((always_inline))
+#define TS_METHOD inline __attribute__((always_inline))
 
 // TS_LANES: as wide as the target's registers, 8, or 16 with AVX-512. TS_STEPS: the floats that one instruction looks up
 // in a register, 1 where there is none that does.
@@ -48,12 +49,12 @@ TS_INLINE double total(Doubles x) {
     return sum;
 }
 
-TS_INLINE double total(Floats x) {
+TS_INLINE float total(Floats x) {
     Quads parts[LANES / 4];
     std::memcpy(parts, &x, sizeof parts);
     Quads sum = parts[0];
     for (int k = 1; k < LANES / 4; k++) sum += parts[k];
-    return (double(sum[0]) + double(sum[1])) + (double(sum[2]) + double(sum[3]));
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 TS_INLINE Doubles as_doubles(HalfFloats x) { return __builtin_convertvector(x, Doubles); }
@@ -95,14 +96,21 @@ TS_INLINE Floats exp2_rest(Floats x) { return exp2_fraction(x); }
 TS_INLINE Ints step_of(Ints) { return splat(0x3f800000); }
 #endif
 
-// 2^x for x <= 127; 0 from -127 down, and something of that order just above. NaN and infinity give NaN.
-TS_INLINE Floats power_of_two(Floats x) {
+// 2^x for -127 <= x <= 127; just above -127 something of that order, and 0 there.
+TS_INLINE Floats power_within(Floats x) {
     // 1.5 * 2^23 over the number of steps: adding it rounds to a whole number of steps.
     const Floats magic = splat(12582912.0f / (1 << STEP_BITS));
-    x = larger(splat(-127.0f), x);  // in this order NaN stays
     const Floats shifted = x + magic;
     const Ints n = as_ints(shifted), scale = step_of(n) + (n << (23 - STEP_BITS));
     return as_floats(scale) * exp2_rest(x - (shifted - magic));
+}
+
+// The same for all x <= 127; NaN and infinity give NaN.
+TS_INLINE Floats power_of_two(Floats x) {
+    // The operands in this order keep NaN, with one instruction; of a constant that it knows GCC would make two.
+    int32_t bits = int32_t(0xc2fe0000);  // -127
+    asm("" : "+r"(bits));
+    return power_within(larger(as_floats(splat(bits)), x));
 }
 
 // log2(m) of m in [sqrt(1/2), sqrt(2)]: log2((1 + t) / (1 - t)) as an odd series in t.
