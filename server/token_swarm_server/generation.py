@@ -194,6 +194,7 @@ class Generation:
         self._decoder: Decoder | None = None
         self._prompts: dict[str, EncodedPrompt] = {}
         self._round: Round | None = None
+        self._ahead: list[asyncio.Future[None]] = []
         self._faults = 0
         self._took = 0.0
         self._pause: Pause | None = None
@@ -264,9 +265,17 @@ class Generation:
         self._round = self.members.ask(calls) if calls else None
         self._end_pause()
 
-    def _answered(self, _: object) -> None:
-        if self._pause is None and self._round is not None and self._round.answered:
-            self._pause = self._pool.pause()
+    def _answered(self, round_: Round, name: str, answer: asyncio.Future[list[Outcome]]) -> None:
+        """One expert has answered, or was lost."""
+        if round_ is not self._round:
+            return
+        if round_.answered:
+            self._pause = self._pause or self._pool.pause()
+        elif not answer.cancelled() and answer.exception() is None:
+            # What is made of it while the others compute is ready when they have answered.
+            work = self._opened.ahead(name, answer.result())
+            if work is not None:
+                self._ahead.append(self._pool.begin(work))
 
     def _end_pause(self) -> None:
         if self._pause is not None:
@@ -275,13 +284,16 @@ class Generation:
 
     async def _resume(self, round_: Round) -> None:
         """Give the decoder what came back, and see to the experts that were lost."""
-        for future in round_.futures.values():
+        for name, future in round_.futures.items():
             # Not before: a text whose reader is slow holds up nobody.
-            future.add_done_callback(self._answered)
+            future.add_done_callback(partial(self._answered, round_, name))
         outcomes = await self.members.answers(round_)
         answered, self._took = time.perf_counter(), 0.0
         lost = [name for name in round_.futures if name not in outcomes]
         try:
+            if begun := [work for work in self._ahead if not work.done()]:
+                await asyncio.wait(begun)
+            self._ahead.clear()
             await self._pool.mix(partial(self._mix, outcomes))
         except BadLogits as fault:
             self._faults += 1

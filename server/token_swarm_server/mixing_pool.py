@@ -50,6 +50,10 @@ class MixingPool:
     async def mix(self, job: Callable[[], _T]) -> _T:
         """What `job` returns or raises. A caller that is cancelled waits until the job has ended, for what it works on
         must not be freed before."""
+        return await _finished(self.begin(job))
+
+    def begin(self, job: Callable[[], _T]) -> asyncio.Future[_T]:
+        """Run a job that keeps what it works on: nobody has to wait for it. The future is not to be cancelled."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[_T] = loop.create_future()
         if not self._waiting:
@@ -57,7 +61,7 @@ class MixingPool:
             loop.call_soon(self._start)
         self._waiting.append(partial(self._run, job, done))
         self._mixing += 1
-        return await _finished(done)
+        return done
 
     async def aside(self, job: Callable[[], _T]) -> _T:
         """As `mix`, for a job that takes long: it never runs in the event loop."""

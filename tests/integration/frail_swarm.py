@@ -42,9 +42,10 @@ class Frail(ToyExpert):
         super().__init__(name, vocabulary, **LIKE_A_MODEL, seed=seed)
         self.mischief: Callable[[StepResult], StepResult] | None = None
         self.steps = 0
+        self.seconds = 0.001
 
     def step(self, ops: Any) -> StepResult:
-        time.sleep(0.001)
+        time.sleep(self.seconds)
         result = super().step(ops)
         self.steps += 1
         if self.mischief is not None and len(result.logits):

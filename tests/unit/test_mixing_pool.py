@@ -101,3 +101,14 @@ async def test_a_long_job_holds_nobody_up(pool: MixingPool) -> None:
     assert await pool.mix(threading.get_ident) == threading.get_ident()
     go.set()
     assert await long
+
+
+@pytest.mark.parametrize("others", [0, 2])
+async def test_work_that_was_begun_ends_without_anybody_waiting(pool: MixingPool, others: int) -> None:
+    ended = threading.Event()
+    work = pool.begin(ended.set)
+    alone = [pool.begin(lambda: None) for _ in range(others)]
+    await asyncio.wait_for(asyncio.gather(work, *alone), SECONDS)
+    assert ended.is_set()
+    # It counts as running no longer: a text that is alone again stays in the event loop.
+    assert await pool.mix(threading.get_ident) == threading.get_ident()

@@ -7,6 +7,7 @@ process, in the server, and against toy experts in the tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +35,15 @@ class ContextFull(Exception):
 class _Wanted:
     need: Need
     rows: dict[str, Tensor]
+    made: object | None = None
+    """What was made of complete rows before all experts had answered."""
+
+
+def _make(works: Sequence[tuple[_Wanted, Callable[[], object]]]) -> None:
+    for wanted, work in works:
+        # `resume` meets the same rows, and is where an expert is blamed.
+        with suppress(BadLogits):
+            wanted.made = work()
 
 
 class Forwards:
@@ -75,6 +85,24 @@ class Forwards:
             ]
         return calls
 
+    def ahead(self, name: str, outcomes: Sequence[Outcome]) -> Callable[[], None] | None:
+        """What can be done about one expert's outcomes of the last `calls` before the others have answered, None for
+        nothing. It may run in a thread, beside anything but `resume`, which must be given these outcomes all the same.
+        """
+        if any(isinstance(outcome, OpError) for outcome in outcomes):
+            return None
+        works = []
+        for wanted, index in self._placed.get(name, ()):
+            rows = outcomes[index]
+            if isinstance(rows, Tensor) and rows.shape[0] == 1:
+                wanted.rows[name] = rows[0]
+                names = self._unit.groups[wanted.need.group].names
+                if all(member in wanted.rows for member in names):
+                    work = self._unit.ahead(wanted.need, [wanted.rows[member] for member in names])
+                    if work is not None:
+                        works.append((wanted, work))
+        return partial(_make, works) if works else None
+
     def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         """Take the outcomes of the last `calls`, one per operation, and feed every need that is complete.
 
@@ -106,7 +134,7 @@ class Forwards:
 
     def _feed(self, wanted: _Wanted, names: Sequence[str]) -> None:
         try:
-            self._unit.feed(wanted.need, [wanted.rows[name] for name in names])
+            self._unit.feed(wanted.need, [wanted.rows[name] for name in names], wanted.made)
         except BadLogits as fault:
             # Other rows of theirs came with the same answer.
             for waiting in self._wanted:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -129,20 +130,27 @@ class ByteUnit:
         """Cold heads of every group that its law cannot do without."""
         return [Need(g, head.tokens, head) for g, state in enumerate(self.states) for head in state.due()]
 
-    def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
+    def ahead(self, need: Need, rows: Sequence[Tensor]) -> Callable[[], ByteLaw]:
+        """Makes the law of one head."""
+        return partial(self._law, need.group, rows, Stopwatch())
+
+    def feed(self, need: Need, rows: Sequence[Tensor], made: ByteLaw | None = None) -> None:
         """Give one head its law."""
-        law = self.make_law(need.group, rows)
+        law = self.make_law(need.group, rows) if made is None else made
         with self.stopwatch.measure(Part.WALK):
             self.states[need.group].feed(need.key, law)
 
     def make_law(self, group: int, rows: Sequence[Tensor]) -> ByteLaw:
         """The byte law of a group's mixed and shaped token distribution."""
+        return self._law(group, rows, self.stopwatch)
+
+    def _law(self, group: int, rows: Sequence[Tensor], stopwatch: Stopwatch) -> ByteLaw:
         make = self._makers[group]
-        with self.stopwatch.measure(Part.MIX):
+        with stopwatch.measure(Part.MIX):
             probabilities = self.groups[group].token_law(rows)
             own = self.groups[group].member_laws(rows) if len(rows) > 1 else []
             shaped = self._shaping.apply(probabilities) if self._shaping.changes_law else None
-        with self.stopwatch.measure(Part.PREFIX_MASS):
+        with stopwatch.measure(Part.PREFIX_MASS):
             members = tuple(make(law) for law in own)
             if shaped is None:
                 return make(probabilities, members)

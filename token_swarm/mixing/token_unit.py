@@ -34,8 +34,13 @@ class TokenUnit:
         """The whole history, once a token."""
         return [] if self._law is not None else [Need(0, self._tokens, None)]
 
-    def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
+    def ahead(self, need: Need, rows: Sequence[Tensor]) -> None:
+        """Nothing: there is one group, so that nobody is waited for once its members have answered."""
+        del need, rows
+
+    def feed(self, need: Need, rows: Sequence[Tensor], made: None = None) -> None:
         """Mix the members' rows into the law of the next token."""
+        del made
         group = self.groups[need.group]
         with self.stopwatch.measure(Part.MIX):
             self._law = self._shaping.apply(group.token_law(rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,8 +63,15 @@ class MixingUnit(Protocol):
         """Histories to forward before `walk` may be called."""
         ...
 
-    def feed(self, need: Need, rows: Sequence[Tensor]) -> None:
-        """Logit rows [width] after the need's history, one per member of its group."""
+    def ahead(self, need: Need, rows: Sequence[Tensor]) -> Callable[[], object] | None:
+        """The part of `feed` that depends on nothing but its arguments, or None where there is none.
+
+        It may run in any thread, at the same time as anything else; the stopwatch does not count it.
+        """
+        ...
+
+    def feed(self, need: Need, rows: Sequence[Tensor], made: Any = None) -> None:
+        """Logit rows [width] after the need's history, one per member of its group. `made`: what `ahead` returned."""
         ...
 
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
