@@ -20,8 +20,9 @@ LEAST_BYTES = 2**16
 """Smaller arrays are left to the allocator."""
 MOST_BYTES = 2**23
 """So are larger ones: rows of long prompts and of scored texts, which are rare."""
-KEPT_BYTES = 2**22
-"""Blocks of one size that wait to be used again have at most so many bytes, or are two."""
+KEPT_BYTES = 2**25
+"""Blocks of one size that wait to be used again have at most so many bytes, or are two: as much as the laws of eight
+texts, which are let go of in one step and made again in the next."""
 
 _kept: dict[int, deque[npt.NDArray[np.uint8]]] = {}
 
@@ -45,4 +46,4 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # The tensor, and every view of it, holds on to this array and to nothing else of the block.
     lent = block[:size]
     weakref.finalize(lent, kept.append, block).atexit = False
-    return torch.from_numpy(lent).view(dtype).view(shape)
+    return torch.frombuffer(lent, dtype=dtype).view(shape)

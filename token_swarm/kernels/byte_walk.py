@@ -10,6 +10,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,15 +104,22 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+_LONG = ("ts_walk", "ts_group_law", "ts_advance")
+"""Calls that let other threads run. The others take a microsecond or two: less than to get the interpreter back."""
+
+
 @cache
 def _library() -> Any:
     loaded = native.library()
     if loaded is None:
         raise RuntimeError("the C++ kernels were not built")
+    quick = ctypes.PyDLL(loaded._name, handle=loaded._handle)
+    functions = SimpleNamespace()
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(loaded if name in _LONG else quick, name)
         function.restype, function.argtypes = result, arguments
-    return loaded
+        setattr(functions, name, function)
+    return functions
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class LawMaker:
         make_unshaped: Callable[[], ByteLaw] | None = None,
     ) -> ByteLaw:
         """The byte law of token probabilities [width]."""
-        end = float(sum(probabilities[eos].item() for eos in self._eos_ids))
+        own = probabilities.numpy()
+        end = float(sum(own[eos].item() for eos in self._eos_ids))
         ordered, cumulative = kernels.prefix_mass(probabilities[None], self._order)
         return ByteLaw(self.trie, ordered[0].numpy(), cumulative[0].numpy(), end, members, make_unshaped)

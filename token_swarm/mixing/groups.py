@@ -66,7 +66,7 @@ class Group:
                 shape = tuple(row.shape)
                 raise BadLogits([spec.name], f"logit row of shape {shape}, not [{self.vocabulary.width}]")
         mixed = self._mix(rows, self._asked)
-        if math.isnan(mixed[0].item()):
+        if math.isnan(mixed.numpy()[0]):
             bad = [name for name, own in zip(self.names, self.member_laws(rows), strict=True) if bool(own[0].isnan())]
             raise BadLogits(bad or self.names)
         return mixed
@@ -86,11 +86,15 @@ class Group:
         return [(_row([1.0]), _row([heat])) for heat in self.temperatures]
 
     def _mix(self, rows: Sequence[Tensor], asked: tuple[Tensor, Tensor]) -> Tensor:
-        # Experts in this process may leave their logits on a GPU: they are mixed there, and only the mixture is moved.
+        logits, (weights, temperatures), allowed = [row[None] for row in rows], asked, self._allowed
         device = rows[0].device
-        weights, temperatures = (table.to(device) for table in asked)
-        logits = [row[None].to(device) for row in rows]
-        return kernels.mix(logits, weights, temperatures, self.rule, self._allowed.to(device))[0].cpu()
+        if device.type == "cpu":
+            # Nothing is moved, not even for nothing: every operation of torch lets another thread have the interpreter.
+            return kernels.mix(logits, weights, temperatures, self.rule, allowed)[0]
+        # Experts in this process may leave their logits on a GPU: they are mixed there, and only the mixture is moved.
+        logits = [row.to(device) for row in logits]
+        weights, temperatures, allowed = (table.to(device) for table in (weights, temperatures, allowed))
+        return kernels.mix(logits, weights, temperatures, self.rule, allowed)[0].cpu()
 
     def split(self, masses: npt.ArrayLike) -> dict[str, float]:
         """Share of each member when they gave a symbol `masses` [members, or 1 for all], |exponent| as prior."""
