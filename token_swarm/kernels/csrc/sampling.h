@@ -107,8 +107,8 @@ TS_INLINE double sum_from(const float* row, int64_t width, float threshold) {
     for (; i + LANES <= width; i += LANES) {
         Floats x = load(row + i);
         x = as_floats(as_ints(x) & (x >= splat(threshold)));
-        a += as_doubles(half(x, 0));
-        b += as_doubles(half(x, 1));
+        a += widened(half(x, 0));
+        b += widened(half(x, 1));
     }
     double sum = total(a + b);
     for (; i < width; i++) sum += row[i] >= threshold ? row[i] : 0.0f;

@@ -189,7 +189,7 @@ inline void score_linear(int64_t experts, int64_t particles, int64_t items, cons
                 mantissas[p] = product.mantissa;
                 exponents[p] = product.exponent;
             }
-            log2_all(mantissas.data(), mantissas.data(), int(particles));
+            log2_all(mantissas.data(), mantissas.data(), particles);
             for (int64_t p = 0; p < particles; p++) {
                 double& sum = out[p * items + item];
                 if (lowest[p] >= SAFE) {

@@ -13,7 +13,9 @@ typedef float Quads __attribute__((vector_size(16)));
 typedef int32_t QuadInts __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef double Doubles __attribute__((vector_size(4 * LANES)));  // half as many
+constexpr int DOUBLES = LANES / 2;
+typedef double Doubles __attribute__((vector_size(8 * DOUBLES)));
+typedef uint64_t Longs __attribute__((vector_size(8 * DOUBLES)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NAN_F = std::numeric_limits<float>::quiet_NaN();
@@ -25,6 +27,8 @@ TS_INLINE Floats as_floats(Ints x) { Floats y; std::memcpy(&y, &x, sizeof y); re
 TS_INLINE Ints as_ints(Floats x) { Ints y; std::memcpy(&y, &x, sizeof y); return y; }
 TS_INLINE Floats load(const float* p) { Floats x; std::memcpy(&x, p, sizeof x); return x; }
 TS_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+TS_INLINE Doubles load(const double* p) { Doubles x; std::memcpy(&x, p, sizeof x); return x; }
+TS_INLINE void store(double* p, Doubles x) { std::memcpy(p, &x, sizeof x); }
 TS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 TS_INLINE HalfFloats half(Floats x, int which) {
     HalfFloats parts[2];
@@ -45,7 +49,7 @@ TS_INLINE float smallest(Floats x) { return -largest(-x); }
 
 TS_INLINE double total(Doubles x) {
     double sum = x[0];
-    for (int k = 1; k < LANES / 2; k++) sum += x[k];
+    for (int k = 1; k < DOUBLES; k++) sum += x[k];
     return sum;
 }
 
@@ -57,7 +61,9 @@ TS_INLINE float total(Floats x) {
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-TS_INLINE Doubles as_doubles(HalfFloats x) { return __builtin_convertvector(x, Doubles); }
+TS_INLINE Doubles as_doubles(Longs x) { Doubles y; std::memcpy(&y, &x, sizeof y); return y; }
+TS_INLINE Longs as_longs(Doubles x) { Longs y; std::memcpy(&y, &x, sizeof y); return y; }
+TS_INLINE Doubles widened(HalfFloats x) { return __builtin_convertvector(x, Doubles); }
 
 // 2^x for x in [-0.5, 0.5], to 2e-7 (minimax of those that are exact at 0). Estrin's scheme: a short chain of dependent
 // operations.

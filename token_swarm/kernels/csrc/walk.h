@@ -56,13 +56,13 @@ struct WalkView {
 
 namespace {
 
-constexpr int END = 256, ROOT = 0, SYMBOL_COUNT = baseline::SYMBOLS;
+constexpr int END = 256, ROOT = 0, SYMBOL_COUNT = baseline::SYMBOLS, ROOM = baseline::ROOM;
 constexpr int64_t DEAD = -1;  // no head has this key
 
 struct Law {
     LawView own;
     std::vector<LawView> members;
-    // Masses of the first bytes, the end included: looked up all over the vocabulary, so once.
+    // Masses of the first bytes, the end included: looked up all over the vocabulary, so once. [ROOM]
     std::vector<double> first;
 };
 
@@ -170,7 +170,7 @@ public:
 
     const double* law() {
         if (!has_law) {
-            std::fill(cached, cached + SYMBOL_COUNT, 0.0);
+            std::fill(cached, cached + ROOM, 0.0);
             double fresh = 0;
             for (auto& head : heads) {
                 if (head.law >= 0 && head.node == ROOT) {
@@ -270,7 +270,7 @@ private:
     };
     std::vector<Step> arena;  // histories as chains, so that a new head costs one entry
     int64_t next_key = 1;
-    double boundary[SYMBOL_COUNT], cached[SYMBOL_COUNT];
+    double boundary[ROOM] = {}, cached[ROOM];
     bool has_boundary = false, has_law = false;
 
     size_t index_of(int64_t key) const {
@@ -312,7 +312,7 @@ private:
     const double* first(int32_t law) {
         Law& own = laws[size_t(law)];
         if (own.first.empty()) {
-            own.first.assign(SYMBOL_COUNT, 0.0);
+            own.first.assign(ROOM, 0.0);
             add_next(own.own, ROOT, 1.0, own.first.data());
         }
         return own.first.data();
@@ -399,7 +399,7 @@ struct Sequence {
             laws[n] = law;
             weights[n++] = group.spec.weight;
         }
-        if (n == 0) std::fill(out, out + SYMBOL_COUNT, 0.0);
+        if (n == 0) std::fill(out, out + ROOM, 0.0);
         else TS_PICK(mix_bytes)(n, laws, weights, log_linear, out);
     }
 
@@ -425,7 +425,7 @@ struct Sequence {
                     if (group.is_due()) return;
                 io.status = LIMIT;
                 if (io.count == io.max_bytes || (io.uniforms && io.symbols == io.uniform_count)) return;
-                double law[SYMBOL_COUNT];
+                double law[ROOM];
                 mixed(law);
                 int symbol = choose(law, io);
                 io.symbol = symbol;
@@ -468,7 +468,7 @@ private:
     static int choose(const double* law, const WalkView& io) {
         if (std::all_of(law, law + SYMBOL_COUNT, [](double x) { return x == 0; })) return -1;
         if (io.script) return io.script[io.symbols];
-        if (!io.uniforms) return int(std::max_element(law, law + SYMBOL_COUNT) - law);
+        if (!io.uniforms) return int(std::find(law, law + SYMBOL_COUNT, TS_PICK(most_of)(law)) - law);
         double cumulative[SYMBOL_COUNT], sum = 0;
         for (int s = 0; s < SYMBOL_COUNT; s++) cumulative[s] = sum += law[s];
         const double target = io.uniforms[io.symbols] * sum;
