@@ -24,11 +24,12 @@ def mix(
 ) -> Tensor:
     """As `reference.mix`; float32 [rows, width], or float64 when the logits are."""
     mixed: Tensor | None = None
+    weights = weights.to(logits[0].device)
     # Rows that an expert poisons, and rows that nobody was asked for.
     bad = (weights == 0).all(1, keepdim=True)
     total = weights.sum(1, keepdim=True)
     for index, table in enumerate(logits):
-        weight = weights[:, index, None].to(table.device)
+        weight = weights[:, index, None]
         if not bool(weight.any()):
             continue
         row = table if table.dtype in (torch.float32, torch.float64) else table.float()
@@ -49,7 +50,7 @@ def mix(
             part = torch.where(weight != 0, part, 0.0)
         mixed = part if mixed is None else mixed.add_(part)
     if mixed is None:
-        return torch.full((weights.shape[0], allowed.numel()), torch.nan)
+        return torch.full((weights.shape[0], allowed.numel()), torch.nan, device=weights.device)
     if rule is Rule.LOG_LINEAR:
         mixed = torch.softmax(mixed, dim=-1)
     return mixed.masked_fill_(bad, torch.nan) if bool(bad.any()) else mixed
@@ -120,7 +121,7 @@ def score_linear(masses: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
 def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """As `reference.score_log_linear`, in the dtype of the cache and in pieces that fit the cache of a processor."""
-    scores = torch.empty((weights.shape[0], targets.numel()), dtype=log_probs.dtype)
+    scores = torch.empty((weights.shape[0], targets.numel()), dtype=log_probs.dtype, device=log_probs.device)
     piece = max(1, 2**21 // max(1, weights.shape[0] * log_probs.shape[2]))
     own = weights.to(log_probs.dtype)
     for low in range(0, targets.numel(), piece):
@@ -141,7 +142,7 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
 
 def _by_item(scores: Tensor, offsets: Tensor) -> Tensor:
     lengths = offsets.diff()
-    items = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
-    total = torch.zeros((scores.shape[0], lengths.numel()), dtype=torch.float64)
+    items = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths).to(scores.device)
+    total = torch.zeros((scores.shape[0], lengths.numel()), dtype=torch.float64, device=scores.device)
     low, high = int(offsets[0]), int(offsets[-1])
     return total.index_add_(1, items, scores[:, low:high].double())

@@ -78,15 +78,16 @@ def mix_union(
     mixed = []
     for row in range(weights.shape[0]):
         asked = []
-        bad = torch.full((union.size,), torch.nan, dtype=torch.float64)
+        device = logits[0].device
+        bad = torch.full((union.size,), torch.nan, dtype=torch.float64, device=device)
         broken = False
         for expert, (w, t) in enumerate(zip(weights[row].tolist(), temperatures[row].tolist(), strict=True)):
             if w == 0:
                 continue
-            tokens, ids = union.pairs(expert)
+            tokens, ids = (each.to(device) for each in union.pairs(expert))
             own = logits[expert][row].double()[ids] / t
             broken = broken or not -torch.inf < float(own.max()) < torch.inf
-            masses = torch.zeros(union.size, dtype=torch.float64)
+            masses = torch.zeros(union.size, dtype=torch.float64, device=device)
             masses.index_add_(0, tokens, torch.softmax(own, dim=-1))
             asked.append((w, masses.log().clamp(min=floor if rule is Rule.LOG_LINEAR else -torch.inf)))
         mixed.append(bad if broken or not asked else _combine(asked, rule, bad))
@@ -132,8 +133,9 @@ def choose(probabilities: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Ten
     probabilities: [rows, width]; uniforms: float64 [rows] in [0, 1); greedy: bool [rows]. Returns (tokens int64 [rows],
     log-probabilities float64 [rows]). A token of probability 0 is never chosen; a bad row gives -1 and NaN.
     """
-    tokens = torch.full((probabilities.shape[0],), -1, dtype=torch.int64)
-    log_probs = torch.full((probabilities.shape[0],), torch.nan, dtype=torch.float64)
+    device = probabilities.device
+    tokens = torch.full((probabilities.shape[0],), -1, dtype=torch.int64, device=device)
+    log_probs = torch.full((probabilities.shape[0],), torch.nan, dtype=torch.float64, device=device)
     for index, row in enumerate(probabilities.double()):
         if bool(row.isnan().any()):
             continue
@@ -157,7 +159,7 @@ def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     interval [lo, hi) is C[hi] - C[lo]. float64 because a float32 sum is off by 15% at mass 1e-6.
     """
     ordered = probabilities[:, order]
-    total = torch.zeros((ordered.shape[0], order.numel() + 1), dtype=torch.float64)
+    total = torch.zeros((ordered.shape[0], order.numel() + 1), dtype=torch.float64, device=ordered.device)
     torch.cumsum(ordered.double(), dim=1, out=total[:, 1:])
     return ordered, total
 
@@ -181,8 +183,8 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
     Returns float64 [particles, items]: sum over the item's positions of j[target] - logsumexp(j) with
     j = sum_e w_e log_probs[e]; a symbol that an expert with a weight other than 0 excludes is excluded.
     """
-    scores = torch.zeros((weights.shape[0], targets.numel()), dtype=torch.float64)
-    rows = torch.arange(targets.numel())
+    scores = torch.zeros((weights.shape[0], targets.numel()), dtype=torch.float64, device=log_probs.device)
+    rows = torch.arange(targets.numel(), device=log_probs.device)
     for particle, own in enumerate(weights.double()):
         used = own.nonzero()[:, 0]
         joint = (log_probs[:, used].double() * own[used, None]).sum(1)
