@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="the GPU kernels need the extra `triton`")
+tl = pytest.importorskip("triton.language", reason="the GPU kernels need the extra `triton`")
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "token_swarm" / "kernels" / "triton"
@@ -74,6 +75,15 @@ def kernels() -> set[str]:
                 asks = any(isinstance(n, ast.Attribute) and n.attr == "program_id" for n in ast.walk(node))
                 names |= {node.name} if asks else set()
     return names
+
+
+def test_no_global_of_a_kernel_is_nan():
+    """Before every call Triton compares a kernel's globals with those it was compiled with: NaN, which equals nothing,
+    makes the second call fail. Only on a GPU: neither the interpreter nor compiling ahead of time compares."""
+    for path in PACKAGE.glob("*.py"):
+        values = vars(importlib.import_module(f"token_swarm.kernels.triton.{path.stem}"))
+        constants = {name: value.value for name, value in values.items() if isinstance(value, tl.constexpr)}
+        assert {name for name, value in constants.items() if value != value} == set()
 
 
 def test_every_kernel_is_compiled_for_both_architectures(compiled):

@@ -12,7 +12,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LARGE = tl.constexpr(1e30)
 
 

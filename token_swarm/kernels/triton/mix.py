@@ -20,7 +20,6 @@ from token_swarm.kernels.triton.arithmetic import (
     INFINITY,
     LN2,
     LOG2E,
-    NAN,
     NEGATIVE_INFINITY,
     relative_exponential,
     split,
@@ -61,7 +60,7 @@ def softmax_partials(
         total = tl.sum(count.to(tl.float32) * relative_exponential(value, base, high, low), 0).to(tl.float64)
         slot = (row * experts + expert) * tl.num_programs(0) + tile
         tl.store(tops + slot, top)
-        tl.store(sums + slot, tl.where(tl.max(broken.to(tl.int32), 0) > 0, NAN, total))
+        tl.store(sums + slot, tl.where(tl.max(broken.to(tl.int32), 0) > 0, float("nan"), total))
 
 
 @triton.jit
@@ -93,9 +92,9 @@ def softmax_combine(
         lives = (tile_top > NEGATIVE_INFINITY) | (tile_sum != tile_sum)
         distance = tl.where(tile_top > NEGATIVE_INFINITY, tile_top.to(tl.float64) - base.to(tl.float64), 0.0)
         normaliser = tl.sum(tl.where(lives, tile_sum * tl.exp2(distance * scale), 0.0), 0)
-        normaliser = tl.where(best == NEGATIVE_INFINITY, NAN, normaliser)
+        normaliser = tl.where(best == NEGATIVE_INFINITY, float("nan"), normaliser)
         own = tl.where(weight != 0, weight / (weight_sum * normaliser), 0.0)
-        own = tl.where(users == 0, NAN, own)
+        own = tl.where(users == 0, float("nan"), own)
         tl.store(top + slot, base)
         tl.store(total + slot, tl.where(weight != 0, normaliser, 1.0))
         tl.store(share + slot, own)
@@ -172,7 +171,7 @@ def joint_write(
     slot = row * tl.num_programs(0) + tile
     bad = (tl.max(broken.to(tl.int32), 0) > 0) | (users == 0)
     tl.store(tops + slot, (best.to(tl.float64) + base_rest.to(tl.float64)) * GROW)
-    tl.store(sums + slot, tl.where(bad, NAN, tl.sum(local, 0).to(tl.float64)))
+    tl.store(sums + slot, tl.where(bad, float("nan"), tl.sum(local, 0).to(tl.float64)))
 
 
 @triton.jit
@@ -185,8 +184,8 @@ def joint_combine(tops, sums, scale, tiles, wide: tl.constexpr):
     best = tl.max(tile_top, 0)
     lives = tile_top > NEGATIVE_INFINITY
     factor = tl.where(lives, tl.exp2(tl.where(lives, tile_top - best, 0.0)), 0.0)
-    normaliser = tl.sum(tl.where(tile_sum == tile_sum, tile_sum * factor, NAN), 0)
-    normaliser = tl.where(best == NEGATIVE_INFINITY, NAN, normaliser)
+    normaliser = tl.sum(tl.where(tile_sum == tile_sum, tile_sum * factor, float("nan")), 0)
+    normaliser = tl.where(best == NEGATIVE_INFINITY, float("nan"), normaliser)
     tl.store(scale + row * tiles + tile, (factor / normaliser).to(tl.float32), mask=tile < tiles)
 
 

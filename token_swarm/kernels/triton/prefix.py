@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from token_swarm.kernels.triton import launch
-from token_swarm.kernels.triton.arithmetic import NAN
 
 _UNIT = tl.constexpr(2.0**61)
 _ONE = tl.constexpr(2.0**-61)
@@ -50,7 +49,7 @@ def prefix_write(ordered, sums, cumulative, tokens, wide: tl.constexpr, block: t
     inside = position < tokens
     value = tl.load(ordered + row * tokens + position, mask=inside, other=0.0).to(tl.float32)
     total = (before + tl.cumsum(count_units(value), 0)).to(tl.float64) * _ONE
-    total = tl.where(value == value, total, NAN)
+    total = tl.where(value == value, total, float("nan"))
     out = cumulative + row * (tokens + 1)
     tl.store(out + position + 1, total, mask=inside)
     if tile == 0:

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from token_swarm.kernels.triton import launch
-from token_swarm.kernels.triton.arithmetic import NAN
 from token_swarm.kernels.triton.mix import mix_tiles
 from token_swarm.kernels.triton.shaping import shape_tiles
 from token_swarm.kernels.triton.tiles import Tiles, statistics
@@ -57,7 +56,8 @@ def pick(
     token = tl.where(total == total, token, -1)
     probability = tl.load(probabilities + row * stride + token, mask=token >= 0, other=0.0).to(tl.float64)
     tl.store(tokens + row, token.to(tl.int64))
-    tl.store(log_probs + row, tl.where(token >= 0, tl.log(tl.where(token >= 0, probability / total, 1.0)), NAN))
+    log_prob = tl.log(tl.where(token >= 0, probability / total, 1.0))
+    tl.store(log_probs + row, tl.where(token >= 0, log_prob, float("nan")))
 
 
 def choose(probabilities: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:

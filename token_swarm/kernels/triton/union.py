@@ -22,7 +22,7 @@ from torch import Tensor
 
 from token_swarm.errors import BadParameter
 from token_swarm.kernels.triton import launch
-from token_swarm.kernels.triton.arithmetic import LOG2E, NAN, NEGATIVE_INFINITY
+from token_swarm.kernels.triton.arithmetic import LOG2E, NEGATIVE_INFINITY
 from token_swarm.kernels.triton.mix import joint_combine, softmax_statistics
 from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
@@ -88,7 +88,7 @@ def union_write(
             log_mass = tl.maximum(log_mass, tl.load(floor) * LOG2E)
             possible &= log_mass > NEGATIVE_INFINITY
             mixed += weight * tl.where(log_mass > NEGATIVE_INFINITY, log_mass, 0.0)
-    bad = tl.where(users == 0, NAN, bad)
+    bad = tl.where(users == 0, float("nan"), bad)
     if linear:
         mixed = mixed / weight_sum + bad
         tl.store(out + row * size + position, mixed.to(tl.float32), mask=inside)
