@@ -107,6 +107,8 @@ def calls(experts: int, every_type: bool) -> dict[str, Callable[[], object]]:
             name = f"{rule.value}, {str(dtype).removeprefix('torch.')}"
             mixing = (logits, weights, weights, rule)
             found[f"mix {name}"] = lambda mixing=mixing: kernels.mix(*mixing, allowed)
+            sampling = (*mixing, allowed, plain, plain.int(), plain, plain, plain)
+            found[f"sample {name}"] = lambda sampling=sampling: kernels.sample(*sampling)
             found[f"union {name}"] = lambda mixing=mixing: kernels.mix_union(*mixing, union, -30.0)
     particles = torch.empty(64, experts, dtype=torch.float64)
     targets, offsets = torch.zeros(16, dtype=torch.int64), torch.tensor([0, 16])
@@ -172,7 +174,8 @@ def compile_all(
         for one in launches:
             tensors = [t for a in one.arguments for t in (a if isinstance(a, tuple) else (a,)) if hasattr(t, "dtype")]
             sizes = {name: one.constants.get(name) for name in ("tile", "block", "linear", "capacity")}
-            key = (one.kernel.__name__, frozenset(str(tensor.dtype) for tensor in tensors), *sizes.items())
+            left_out = sum(argument is None for argument in one.arguments)
+            key = (one.kernel.__name__, frozenset(str(tensor.dtype) for tensor in tensors), left_out, *sizes.items())
             if key not in seen:
                 seen.add(key)
                 results += [compile_launch(case, one, arch) for arch in architectures]

@@ -33,6 +33,8 @@ from token_swarm.particle import Rule
 SHRINK = tl.constexpr(2.0**-32)
 GROW = tl.constexpr(2.0**32)
 
+_NO_PARTS = (None,) * len(Tiles._fields)
+
 
 @triton.jit
 def softmax_partials(
@@ -105,7 +107,8 @@ def linear_write(
     logits, strides, weights, temperatures, allowed, top, share, out, width,
     sums, tops, firsts, lasts, experts: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, rows): the weighted mean of the experts' probabilities, and what `choose` needs of it."""
+    """Grid (tiles, rows): the weighted mean of the experts' probabilities, and, unless `sums` is None, what `choose`
+    needs of it."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     position = tile * block + tl.arange(0, block)
     inside = position < width
@@ -120,7 +123,8 @@ def linear_write(
         own = relative_exponential(value, tl.load(top + slot), high, low)
         mixed = tl.fma(own, tl.load(share + slot).to(tl.float32), mixed)
     tl.store(out + row * width + position, mixed, mask=inside)
-    store_tile(mixed, position, inside, sums, tops, firsts, lasts, row * tl.num_programs(0) + tile)
+    if sums is not None:
+        store_tile(mixed, position, inside, sums, tops, firsts, lasts, row * tl.num_programs(0) + tile)
 
 
 @triton.jit
@@ -191,42 +195,57 @@ def joint_combine(tops, sums, scale, tiles, wide: tl.constexpr):
 
 @triton.jit
 def scale_write(out, scale, width, sums, tops, firsts, lasts, block: tl.constexpr):
-    """Grid (tiles, rows): multiply each tile by its factor, in place, and write what `choose` needs of it."""
+    """Grid (tiles, rows): multiply each tile by its factor, in place, and, unless `sums` is None, write what `choose`
+    needs of it."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     position = tile * block + tl.arange(0, block)
     inside = position < width
     slot = row * tl.num_programs(0) + tile
     value = tl.load(out + row * width + position, mask=inside, other=0.0) * tl.load(scale + slot)
     tl.store(out + row * width + position, value, mask=inside)
-    store_tile(value, position, inside, sums, tops, firsts, lasts, slot)
+    if sums is not None:
+        store_tile(value, position, inside, sums, tops, firsts, lasts, slot)
 
 
 def mix(logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, allowed: Tensor) -> Tensor:
     """As `reference.mix`, float32 [rows, width]. float64 logits are rounded to float32."""
     with launch.on(logits[0]):
-        return mix_tiles(logits, weights, temperatures, rule, allowed)[0]
+        return _mix(logits, weights, temperatures, rule, allowed, None)
 
 
 def mix_tiles(
     logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, allowed: Tensor
 ) -> tuple[Tensor, Tiles]:
     """`mix`, and what `choose` needs of its tiles, so that sampling does not read the rows again."""
+    rows, width = logits[0].shape
+    parts = Tiles.empty(rows, launch.blocks_of(width), logits[0])
+    return _mix(logits, weights, temperatures, rule, allowed, parts), parts
+
+
+def _mix(
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    temperatures: Tensor,
+    rule: Rule,
+    allowed: Tensor,
+    parts: Tiles | None,
+) -> Tensor:
+    """The mixture. `parts`: filled with what `choose` needs of it."""
     tables = tuple(launch.rows_of(table) for table in logits)
     (rows, width), experts, tiles = tables[0].shape, len(tables), launch.blocks_of(tables[0].shape[1])
     strides = tuple(table.stride(0) for table in tables)
     weights, temperatures = launch.settings(weights, tables[0]), launch.settings(temperatures, tables[0])
     allowed = launch.settings(allowed, tables[0], torch.bool).view(torch.uint8)
     out = launch.empty((rows, width), torch.float32, tables[0])
-    parts = Tiles.empty(rows, tiles, tables[0])
     constants = {"experts": experts, "block": launch.BLOCK, "num_warps": launch.warps_for(experts)}
     grid = (tiles, rows)
     if rule is Rule.LINEAR:
         top, _, share = softmax_statistics(tables, weights, temperatures, allowed)
         launch.launch(
             linear_write, grid, tables, strides, weights, temperatures, allowed, top, share, out, width,
-            *parts, **constants,
+            *(parts or _NO_PARTS), **constants,
         )  # fmt: skip
-        return out, parts
+        return out
     tops = launch.empty((rows, tiles), torch.float64, out)
     sums = launch.empty((rows, tiles), torch.float64, out)
     launch.launch(
@@ -234,7 +253,7 @@ def mix_tiles(
         **constants,
     )  # fmt: skip
     rescale(out, tops, sums, parts)
-    return out, parts
+    return out
 
 
 def softmax_statistics(
@@ -260,10 +279,14 @@ def softmax_statistics(
     return top, total, share
 
 
-def rescale(out: Tensor, tops: Tensor, sums: Tensor, parts: Tiles) -> None:
-    """Turn tiles of 2^(joint - own maximum) into probabilities, in place. tops, sums: float64 [rows, tiles]."""
+def rescale(out: Tensor, tops: Tensor, sums: Tensor, parts: Tiles | None) -> None:
+    """Turn tiles of 2^(joint - own maximum) into probabilities, in place. tops, sums: float64 [rows, tiles]; `parts` as
+    of `_mix`."""
     (rows, width), tiles = out.shape, tops.shape[1]
     scale = launch.empty((rows, tiles), torch.float32, out)
     wide = launch.power_of_two(tiles)
     launch.launch(joint_combine, (rows,), tops, sums, scale, tiles, wide=wide, num_warps=1)
-    launch.launch(scale_write, (tiles, rows), out, scale, width, *parts, block=launch.BLOCK, num_warps=launch.WARPS)
+    launch.launch(
+        scale_write, (tiles, rows), out, scale, width, *(parts or _NO_PARTS),
+        block=launch.BLOCK, num_warps=launch.WARPS,
+    )  # fmt: skip
