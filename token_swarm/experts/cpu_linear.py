@@ -23,9 +23,9 @@ _FEW_ROWS = 32
 
 _CHAIN = 512
 """Longest partial sum of a packed product of several rows. FBGEMM and oneDNN add up the inner dimension in one chain
-and round two to three times as much as `F.linear` with AVX2 (root mean square, inner dimensions 576 to 2048); in chains
-of at most 512, 1.3 to 1.6 times, and one chain more costs 10 microseconds a call. With one chain a step of Gemma 3 on random
-tokens was up to 1.5e-3 from a fresh prefill, with `F.linear` 4e-4."""
+and round two to three times as much as `F.linear` does with AVX2 (root mean square, inner dimensions 576 to 2048); in
+chains of at most 512, 1.3 to 1.6 times, and one chain more costs 10 microseconds a call. With one chain a step of
+Gemma 3 on random tokens was up to 1.5e-3 from a fresh prefill, with `F.linear` 4e-4."""
 
 _PANEL_BYTES = 5 << 20
 """FBGEMM goes through the whole weight once for every six rows; a part that stays in the cache is fetched once.
