@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from setuptools import Extension, setup
 
-PARTS = ["targets.inc", "simd.h", "mix.h", "sampling.h", "scoring.h", "union.h", "bytes.h", "walk.h"]
+PARTS = ["targets.inc", "simd.h", "mix.h", "sampling.h", "masses.h", "scoring.h", "union.h", "bytes.h", "walk.h"]
 SOURCES = "token_swarm/kernels/csrc"
 
 setup(

@@ -179,6 +179,49 @@ def test_prefix_mass(kernels: ModuleType, width: int) -> None:
     assert torch.allclose(cumulative, sums, rtol=1e-14, atol=0)
 
 
+@every_implementation
+@pytest.mark.parametrize("every", [1, 3, 16])
+def test_prefix_mass_of_every_few_tokens(kernels: ModuleType, every: int) -> None:
+    table = torch.softmax(torch.randn(3, 77, generator=torch.Generator().manual_seed(2)) * 6, dim=1)
+    order = torch.randperm(77, generator=torch.Generator().manual_seed(3))[:70]
+    ordered, sums = kernels.prefix_mass(table, order, every)
+    expected, exact = reference.prefix_mass(table.double(), order, every)
+    assert torch.equal(ordered.double(), expected)
+    assert sums.shape == (3, 70 // every + 1)
+    assert torch.allclose(sums, exact, rtol=1e-14, atol=0)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "count", "tokens"), [(2, 1, 1), (40, 33, 31), (60, 60, 48), (5003, 4999, 4096)])
+def test_softmax_masses(kernels: ModuleType, width: int, count: int, tokens: int, dtype: torch.dtype) -> None:
+    """Rows of a wider table; offsets that float32 has few digits for; what takes no part is not looked at."""
+    random = torch.Generator().manual_seed(width)
+    table = torch.full((6, width + 5), math.nan)
+    table[:, :width] = torch.randn(6, width, generator=random) * 4
+    table[1] += 1000
+    table[2, : width // 2] = -math.inf
+    table[3] *= 30
+    logits, order = table.to(dtype)[:, :width], torch.randperm(width, generator=random)[:count]
+    logits[:, [i for i in range(width) if i not in set(order.tolist())]] = math.nan
+    logits[4, order[count // 2]] = math.nan
+    logits[5, order[0]] = math.inf
+    logits[2, order[-1]] = 1.0
+    heat = 0.5 + torch.rand(6, generator=random, dtype=torch.float64)
+    ordered, sums = kernels.softmax_masses(logits, heat, order, tokens)
+    expected, exact = reference.softmax_masses(logits, heat, order, tokens)
+    assert expected[4:].isnan().all()
+    assert not expected[:4].isnan().any()
+    assert_probabilities(ordered, expected, relative=2e-5 if kernels is eager else 1e-5)
+    assert sums.dtype == torch.float64
+    assert sums.shape == (6, tokens // 16 + 1)
+    # Of the probabilities that are there, to the last digits.
+    kept = torch.nn.functional.pad(ordered[:4, :tokens].double().cumsum(1), (1, 0))[:, ::16]
+    assert torch.allclose(sums[:4], kept, rtol=1e-13, atol=0)
+    assert sums[4:, 1:].isnan().all()
+    assert torch.allclose(sums[:4], exact[:4], rtol=2e-5, atol=1e-30)
+
+
 def vocabularies() -> list[Vocabulary]:
     letters = [bytes([65 + i]) for i in range(20)]
     first = Vocabulary((*letters, b"AB", b"A", None, b"CD", None), eos_ids=(22, 24))

@@ -44,6 +44,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "shape": (eager.shape, (rows, *shaping)),
         "choose": (eager.choose, (rows, torch.tensor([0.1, 0.9, 0.5]), torch.tensor([False, False, True]))),
         "prefix_mass": (eager.prefix_mass, (rows, torch.randperm(70, generator=torch.Generator().manual_seed(1)))),
+        "softmax_masses": (eager.softmax_masses, (logits[0], torch.ones(3), torch.arange(9, 70), 55)),
         "score_linear": (eager.score_linear, (laws[:, :, 0].exp().T.double(), weights.abs(), offsets)),
         "score_log_linear": (eager.score_log_linear, (laws.double(), targets, weights, offsets)),
     }

@@ -9,7 +9,7 @@ import torch
 
 from tests.integration.test_real_vocabularies import NAMES, load
 from tests.kernels.cases import assert_probabilities
-from token_swarm.kernels import UnionMap, native, reference
+from token_swarm.kernels import STRIDE, UnionMap, native, reference
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.particle import Rule
 
@@ -39,6 +39,22 @@ def test_mix_and_prefix_mass(name: str, rule: Rule) -> None:
     expected, sums = reference.prefix_mass(mixed, order)
     assert torch.equal(ordered, expected)
     torch.testing.assert_close(cumulative, sums, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_softmax_masses_are_mix_and_prefix_mass(name: str) -> None:
+    """Of an expert alone: the law that mixing gives, in the order of its bytes."""
+    vocabulary = load(name)[1]
+    order, eos = ByteTrie.build(vocabulary).order, list(vocabulary.eos_ids)
+    logits = logits_of(name, 2, 5, torch.bfloat16)
+    heat = torch.tensor([1.0, 0.7], dtype=torch.float64)
+    every = torch.tensor([*order.tolist(), *eos])
+    ordered, sums = native.softmax_masses(logits, heat, every, order.size)
+    allowed = torch.from_numpy(vocabulary.allowed.copy())
+    mixed = reference.mix([logits], torch.ones(2, 1, dtype=torch.float64), heat[:, None], Rule.LINEAR, allowed)
+    assert_probabilities(ordered, mixed[:, every])
+    exact = reference.prefix_mass(mixed, torch.from_numpy(order), STRIDE)[1]
+    torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-15)
 
 
 @pytest.mark.parametrize("rule", Rule)

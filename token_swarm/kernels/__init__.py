@@ -10,10 +10,13 @@ from token_swarm.kernels.dispatch import (
     score_linear,
     score_log_linear,
     shape,
+    softmax_masses,
 )
+from token_swarm.kernels.reference import STRIDE
 from token_swarm.kernels.union_map import UnionMap
 
 __all__ = [
+    "STRIDE",
     "UnionMap",
     "choose",
     "describe",
@@ -24,4 +27,5 @@ __all__ = [
     "score_linear",
     "score_log_linear",
     "shape",
+    "softmax_masses",
 ]

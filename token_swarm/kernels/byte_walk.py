@@ -25,7 +25,7 @@ _SYMBOLS = 257
 class LawView(ctypes.Structure):
     """One next-token law: see `law_view`."""
 
-    _fields_ = (("probabilities", _PTR), ("cumulative", _PTR), ("end", _F64), ("wide", _I32))
+    _fields_ = (("probabilities", _PTR), ("sums", _PTR), ("end", _F64), ("wide", _I32))
 
 
 class _GroupSpec(ctypes.Structure):
@@ -165,9 +165,10 @@ class Stretch:
     symbol: int
 
 
-def law_view(probabilities: npt.NDArray[Any], cumulative: npt.NDArray[np.float64], end: float) -> LawView:
-    """A law by address: the arrays must outlive its use. probabilities: float32 or float64 [tokens], byte-sorted."""
-    return LawView(_address(probabilities), _address(cumulative), end, int(probabilities.dtype == np.float64))
+def law_view(probabilities: npt.NDArray[Any], sums: npt.NDArray[np.float64], end: float) -> LawView:
+    """A law by address: the arrays must outlive its use. probabilities: float32 or float64 [tokens], byte-sorted; sums:
+    [tokens // STRIDE + 1], see `reference.prefix_mass`."""
+    return LawView(_address(probabilities), _address(sums), end, int(probabilities.dtype == np.float64))
 
 
 def _address(array: npt.NDArray[Any]) -> int:

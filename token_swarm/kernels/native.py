@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from token_swarm import memory
+from token_swarm.kernels.reference import STRIDE
 from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
 
@@ -51,7 +52,8 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
     "ts_shape": [_I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
     "ts_choose": [_I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
-    "ts_prefix_mass": [_I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
+    "ts_prefix_mass": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
+    "ts_softmax_masses": [_I64, _I64, _I64, _PTR, _I32, _I64, _PTR, _PTR, _PTR, _PTR],
     "ts_score_linear": [_I64, _I64, _I64, _PTR, _I64, _PTR, _PTR, _PTR],
     "ts_score_log_linear": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
 }  # fmt: skip
@@ -183,15 +185,29 @@ def choose(probabilities: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Ten
     return tokens, log_probs
 
 
-def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
     """As `reference.prefix_mass`."""
     rows, width = probabilities.shape
     table, ids = probabilities.contiguous(), order.to(torch.int32).contiguous()
     ordered = memory.empty((rows, order.numel()), torch.float32)
-    cumulative = memory.empty((rows, order.numel() + 1), torch.float64)
+    cumulative = memory.empty((rows, order.numel() // every + 1), torch.float64)
     _call(
-        "ts_prefix_mass", rows, width, order.numel(), table.data_ptr(), ids.data_ptr(),
+        "ts_prefix_mass", rows, width, order.numel(), every, table.data_ptr(), ids.data_ptr(),
         ordered.data_ptr(), cumulative.data_ptr(),
+    )  # fmt: skip
+    return ordered, cumulative
+
+
+def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """As `reference.softmax_masses`; float32 probabilities."""
+    table = logits if logits.stride(-1) == 1 else logits.contiguous()
+    heat, ids = _doubles(temperatures), order.to(torch.int32).contiguous()
+    rows, count = table.shape[0], ids.numel()
+    ordered = memory.empty((rows, count), torch.float32)
+    cumulative = memory.empty((rows, tokens // STRIDE + 1), torch.float64)
+    _call(
+        "ts_softmax_masses", rows, count, tokens, table.data_ptr(), _DTYPES[table.dtype], table.stride(0),
+        heat.data_ptr(), ids.data_ptr(), ordered.data_ptr(), cumulative.data_ptr(),
     )  # fmt: skip
     return ordered, cumulative
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from token_swarm import kernels
+from token_swarm.kernels import STRIDE
 from token_swarm.mixing.trie import ROOT, ByteTrie
 
 SYMBOLS = 257
@@ -27,16 +29,17 @@ EXACT_BELOW = 1e-7
 
 @dataclass(frozen=True)
 class ByteLaw:
-    """A context's next-token distribution, laid out so that a byte string's mass is one subtraction.
+    """A context's next-token distribution, laid out so that a byte string's mass is one subtraction and a short sum.
 
-    probabilities: [tokens] in byte-sorted order; cumulative: float64 [tokens + 1]; end: probability that the text
-    ends here. `members` holds the same for every expert of a group with several (for their shares), and
-    `unshaped` makes the law before temperature and filters (for text that those exclude).
+    probabilities: [tokens] in byte-sorted order; sums: float64 [tokens // STRIDE + 1], of what comes before every
+    STRIDE-th token; end: probability that the text ends here. `members` holds the same for every expert of a group
+    with several (for their shares), and `unshaped` makes the law before temperature and filters (for text that those
+    exclude).
     """
 
     trie: ByteTrie
     probabilities: npt.NDArray[np.floating]
-    cumulative: Array
+    sums: Array
     end: float
     members: tuple[ByteLaw, ...] = ()
     make_unshaped: Callable[[], ByteLaw] | None = None
@@ -48,10 +51,16 @@ class ByteLaw:
 
     def interval(self, low: int, high: int) -> float:
         """Mass of the sorted tokens [low, high), to full relative precision."""
-        mass = float(self.cumulative[high] - self.cumulative[low])
-        if mass < EXACT_BELOW:
-            mass = float(self.probabilities[low:high].sum(dtype=np.float64))
-        return mass
+        first, last = -(-low // STRIDE), high // STRIDE
+        if first < last:
+            mass = float(self.sums[last] - self.sums[first])
+            mass += self._sum(low, first * STRIDE) + self._sum(last * STRIDE, high)
+            if mass >= EXACT_BELOW:
+                return mass
+        return self._sum(low, high)
+
+    def _sum(self, low: int, high: int) -> float:
+        return float(self.probabilities[low:high].sum(dtype=np.float64))
 
     def pending(self, node: int) -> float:
         """Mass of what may still follow at `node`: longer tokens, and at the root the end of the text."""
@@ -69,22 +78,23 @@ class ByteLaw:
     def add_next(self, node: int, weight: float, law: Array) -> None:
         """Add `weight` times the mass of each next symbol at `node` to `law` [257]."""
         trie = self.trie
-        first, last = int(trie.first_child[node]), int(trie.first_child[node + 1])
-        masses = self.cumulative[trie.high[first:last]] - self.cumulative[trie.low[first:last]]
-        for position in np.flatnonzero(masses < EXACT_BELOW).tolist():
-            masses[position] = self.interval(int(trie.low[first + position]), int(trie.high[first + position]))
-        law[trie.byte[first:last]] += weight * masses
+        children = slice(int(trie.first_child[node]), int(trie.first_child[node + 1]))
+        bounds = zip(trie.low[children].tolist(), trie.high[children].tolist(), strict=True)
+        masses = np.array([self.interval(low, high) for low, high in bounds], dtype=np.float64)
+        law[trie.byte[children]] += weight * masses
         if node == ROOT:
             law[END] += weight * self.end
 
 
 class LawMaker:
-    """Builds byte laws for one group: keeps the trie's order as a tensor, once."""
+    """Builds byte laws for one group: keeps the trie's order as tensors, once."""
 
     def __init__(self, trie: ByteTrie, eos_ids: tuple[int, ...]) -> None:
         self.trie = trie
-        self._order = torch.from_numpy(trie.order.astype(np.int32))
         self._eos_ids = eos_ids
+        self._every = torch.tensor([*trie.order.tolist(), *eos_ids], dtype=torch.int32)
+        """All ids that may be generated: those that write something, and those that end the text."""
+        self._order = self._every[: trie.order.size]
 
     def __call__(
         self,
@@ -95,5 +105,14 @@ class LawMaker:
         """The byte law of token probabilities [width]."""
         own = probabilities.numpy()
         end = float(sum(own[eos].item() for eos in self._eos_ids))
-        ordered, cumulative = kernels.prefix_mass(probabilities[None], self._order)
-        return ByteLaw(self.trie, ordered[0].numpy(), cumulative[0].numpy(), end, members, make_unshaped)
+        ordered, sums = kernels.prefix_mass(probabilities[None], self._order, STRIDE)
+        return ByteLaw(self.trie, ordered[0].numpy(), sums[0].numpy(), end, members, make_unshaped)
+
+    def of_logits(self, row: Tensor, temperatures: Tensor) -> ByteLaw | None:
+        """The byte law of the softmax of a logit row [width], in one pass; None if it is none. temperatures: [1]."""
+        tokens = self.trie.order.size
+        ordered, sums = kernels.softmax_masses(row[None], temperatures, self._every, tokens)
+        own = ordered[0].numpy()
+        if math.isnan(own[0]):
+            return None
+        return ByteLaw(self.trie, own[:tokens], sums[0].numpy(), float(own[tokens:].sum(dtype=np.float64)))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from token_swarm.errors import BadLogits
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.mixing.byte_group import ByteGroup
 from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
@@ -145,10 +146,19 @@ class ByteUnit:
         return self._law(group, rows, self.stopwatch)
 
     def _law(self, group: int, rows: Sequence[Tensor], stopwatch: Stopwatch) -> ByteLaw:
-        make = self._makers[group]
+        make, mixed = self._makers[group], self.groups[group]
+        heat = mixed.only_temperature
+        if heat is not None and not self._shaping.changes_law and rows[0].device.type == "cpu":
+            # Nothing to mix: what is left is a softmax, made where its masses are needed.
+            with stopwatch.measure(Part.PREFIX_MASS):
+                mixed.check(rows)
+                law = make.of_logits(rows[0], heat)
+            if law is None:
+                raise BadLogits(mixed.names)
+            return law
         with stopwatch.measure(Part.MIX):
-            probabilities = self.groups[group].token_law(rows)
-            own = self.groups[group].member_laws(rows) if len(rows) > 1 else []
+            probabilities = mixed.token_law(rows)
+            own = mixed.member_laws(rows) if len(rows) > 1 else []
             shaped = self._shaping.apply(probabilities) if self._shaping.changes_law else None
         with stopwatch.measure(Part.PREFIX_MASS):
             members = tuple(make(law) for law in own)

@@ -59,12 +59,24 @@ class Group:
     def _allowed(self) -> Tensor:
         return torch.from_numpy(self.vocabulary.allowed.copy())
 
-    def token_law(self, rows: Sequence[Tensor]) -> Tensor:
-        """Mix the members' logit rows ([width] each) into token probabilities: [width], summing to 1."""
+    @cached_property
+    def only_temperature(self) -> Tensor | None:
+        """The temperature, float64 [1], at which the softmax of the only member's logits is the group's law."""
+        if len(self.experts) > 1:
+            return None
+        exponent = self.exponents[0] if self.rule is Rule.LOG_LINEAR else 1.0
+        return torch.tensor([self.temperatures[0] / exponent], dtype=torch.float64) if exponent > 0 else None
+
+    def check(self, rows: Sequence[Tensor]) -> None:
+        """Raise BadLogits unless the members' logit rows are [width] each."""
         for spec, row in zip(self.experts, rows, strict=True):
             if row.shape != (self.vocabulary.width,):
                 shape = tuple(row.shape)
                 raise BadLogits([spec.name], f"logit row of shape {shape}, not [{self.vocabulary.width}]")
+
+    def token_law(self, rows: Sequence[Tensor]) -> Tensor:
+        """Mix the members' logit rows ([width] each) into token probabilities: [width], summing to 1."""
+        self.check(rows)
         mixed = self._mix(rows, self._asked)
         if math.isnan(mixed.numpy()[0]):
             bad = [name for name, own in zip(self.names, self.member_laws(rows), strict=True) if bool(own[0].isnan())]

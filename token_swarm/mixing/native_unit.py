@@ -118,7 +118,7 @@ class NativeGroup:
 
 
 def _view(law: ByteLaw) -> LawView:
-    return law_view(law.probabilities, law.cumulative, law.end)
+    return law_view(law.probabilities, law.sums, law.end)
 
 
 class NativeByteUnit(ByteUnit):

@@ -12,7 +12,8 @@ class Part(enum.Enum):
     MIX = "mix"
     """Logits to token laws: temperatures, softmax, the mixture inside a group, filters."""
     PREFIX_MASS = "prefix_mass"
-    """Token laws to cumulative masses in the order of their bytes."""
+    """Token laws to cumulative masses in the order of their bytes; for an expert that is mixed with no other of its
+    vocabulary, from its logits."""
     WALK = "walk"
     """Mixing across groups, sampling, appending."""
 

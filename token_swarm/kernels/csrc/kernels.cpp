@@ -125,9 +125,15 @@ TS_API void ts_choose(int64_t rows, int64_t width, const float* probabilities, c
     TS_PICK(choose)(rows, width, probabilities, uniforms, greedy, tokens, log_probs);
 }
 
-TS_API void ts_prefix_mass(int64_t rows, int64_t width, int64_t tokens, const float* probabilities, const int32_t* order,
-                           float* ordered, double* cumulative) {
-    TS_PICK(prefix_mass)(rows, width, tokens, probabilities, order, ordered, cumulative);
+TS_API void ts_prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t every, const float* probabilities,
+                           const int32_t* order, float* ordered, double* sums) {
+    TS_PICK(prefix_mass)(rows, width, tokens, every, probabilities, order, ordered, sums);
+}
+
+TS_API void ts_softmax_masses(int64_t rows, int64_t count, int64_t tokens, const void* logits, int32_t dtype,
+                              int64_t stride, const double* temperatures, const int32_t* order, float* ordered,
+                              double* sums) {
+    TS_PICK(softmax_masses)(rows, count, tokens, logits, dtype, stride, temperatures, order, ordered, sums);
 }
 
 TS_API void ts_score_linear(int64_t experts, int64_t particles, int64_t items, const float* masses, int64_t stride,

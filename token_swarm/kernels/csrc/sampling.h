@@ -199,38 +199,3 @@ inline void choose(int64_t rows, int64_t width, const float* probabilities, cons
         log_probs[r] = std::log(double(row[chosen]) / sum);
     }
 }
-
-// Probabilities [rows, width] in byte-sorted order and their float64 sums. ordered: float [rows, tokens];
-// cumulative: double [rows, tokens + 1].
-inline void prefix_mass(int64_t rows, int64_t width, int64_t tokens, const float* probabilities, const int32_t* order,
-                           float* ordered, double* cumulative) {
-    for (int64_t r = 0; r < rows; r++) {
-        const float* row = probabilities + r * width;
-        float* sorted = ordered + r * tokens;
-        double* sums = cumulative + r * (tokens + 1);
-        double sum = 0;
-        sums[0] = 0;
-        int64_t i = 0;
-        // Four at a time: the additions of one quadruple hang on the last sum only once.
-        for (; i + 4 <= tokens; i += 4) {
-            // The order jumps about in a table larger than the nearest caches.
-            for (int64_t k = i + 48; k < std::min(i + 52, tokens); k++) __builtin_prefetch(row + order[k]);
-            float a = row[order[i]], b = row[order[i + 1]], c = row[order[i + 2]], d = row[order[i + 3]];
-            sorted[i] = a;
-            sorted[i + 1] = b;
-            sorted[i + 2] = c;
-            sorted[i + 3] = d;
-            double ab = double(a) + b, abc = ab + c, abcd = abc + d;
-            sums[i + 1] = sum + a;
-            sums[i + 2] = sum + ab;
-            sums[i + 3] = sum + abc;
-            sum += abcd;
-            sums[i + 4] = sum;
-        }
-        for (; i < tokens; i++) {
-            sorted[i] = row[order[i]];
-            sum += sorted[i];
-            sums[i + 1] = sum;
-        }
-    }
-}

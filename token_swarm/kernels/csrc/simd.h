@@ -15,6 +15,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 constexpr int DOUBLES = LANES / 2;
 typedef double Doubles __attribute__((vector_size(8 * DOUBLES)));
+typedef double Pairs __attribute__((vector_size(16)));
 typedef uint64_t Longs __attribute__((vector_size(8 * DOUBLES)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
@@ -48,9 +49,11 @@ TS_INLINE float largest(Floats x) {
 TS_INLINE float smallest(Floats x) { return -largest(-x); }
 
 TS_INLINE double total(Doubles x) {
-    double sum = x[0];
-    for (int k = 1; k < DOUBLES; k++) sum += x[k];
-    return sum;
+    Pairs parts[DOUBLES / 2];
+    std::memcpy(parts, &x, sizeof parts);
+    Pairs sum = parts[0];
+    for (int k = 1; k < DOUBLES / 2; k++) sum += parts[k];
+    return sum[0] + sum[1];
 }
 
 TS_INLINE float total(Floats x) {
@@ -144,11 +147,13 @@ TS_INLINE Floats split_exponent(Floats x, Floats* m) {
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct F32 {
+    typedef float Element;
     TS_INLINE Floats get(const void* row, int64_t i) { return load(static_cast<const float*>(row) + i); }
     TS_INLINE float one(const void* row, int64_t i) { return static_cast<const float*>(row)[i]; }
 };
 
 struct Bf16 {
+    typedef uint16_t Element;
     TS_INLINE Floats get(const void* row, int64_t i) {
         Halves h;
         std::memcpy(&h, static_cast<const uint16_t*>(row) + i, sizeof h);
@@ -163,6 +168,7 @@ struct Bf16 {
 };
 
 struct F16 {
+    typedef uint16_t Element;
     // Moves exponent and mantissa into place and multiplies by 2^112, which also makes denormals right.
     TS_INLINE Floats widen(Ints h) {
         Ints magnitude = h & splat(0x7fff);

@@ -3,7 +3,7 @@
 
 struct LawView {
     const void* probabilities;  // [tokens] in byte-sorted order
-    const double* cumulative;   // [tokens + 1]
+    const double* sums;         // [tokens / STRIDE + 1], of what comes before every STRIDE-th token
     double end;
     int32_t wide;  // probabilities are double, not float
 };
@@ -56,6 +56,7 @@ struct WalkView {
 
 namespace {
 
+constexpr int64_t STRIDE = baseline::STRIDE;
 constexpr int END = 256, ROOT = 0, SYMBOL_COUNT = baseline::SYMBOLS, ROOM = baseline::ROOM;
 constexpr int64_t DEAD = -1;  // no head has this key
 
@@ -279,11 +280,34 @@ private:
         return i;
     }
 
+    // Mass of the sorted tokens [low, high): of whole strides a difference of sums, of the others at both ends their own.
+    template <class T>
+    double interval(const T* masses, const double* sums, int64_t low, int64_t high) const {
+        const int64_t first = (low + STRIDE - 1) / STRIDE, last = high / STRIDE;
+        if (first < last) {
+            const double mass = sums[last] - sums[first] + sum_few(masses, low, first * STRIDE) + sum_few(masses, last * STRIDE, high);
+            return mass >= spec.exact_below ? mass : sum_many(masses, low, high);
+        }
+        return sum_few(masses, low, high);
+    }
+
     double interval(const LawView& law, int64_t low, int64_t high) const {
-        const double mass = law.cumulative[high] - law.cumulative[low];
-        if (mass >= spec.exact_below) return mass;
-        return law.wide ? TS_PICK(sum_doubles)(static_cast<const double*>(law.probabilities), low, high)
-                        : TS_PICK(sum_floats)(static_cast<const float*>(law.probabilities), low, high);
+        return law.wide ? interval(static_cast<const double*>(law.probabilities), law.sums, low, high)
+                        : interval(static_cast<const float*>(law.probabilities), law.sums, low, high);
+    }
+
+    template <class T>
+    static double sum_few(const T* masses, int64_t low, int64_t high) {
+        double sum = 0;
+        for (int64_t i = low; i < high; i++) sum += double(masses[i]);
+        return sum;
+    }
+
+    static double sum_many(const float* masses, int64_t low, int64_t high) {
+        return TS_PICK(sum_floats)(masses, low, high);
+    }
+    static double sum_many(const double* masses, int64_t low, int64_t high) {
+        return TS_PICK(sum_doubles)(masses, low, high);
     }
 
     double pending(const LawView& law, int32_t node) const {

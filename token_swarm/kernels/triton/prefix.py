@@ -56,8 +56,8 @@ def prefix_write(ordered, sums, cumulative, tokens, wide: tl.constexpr, block: t
         tl.store(out, 0.0)
 
 
-def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.prefix_mass`: (sorted probabilities [rows, tokens] in their dtype, C float64 [rows, tokens + 1]).
+def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
+    """As `reference.prefix_mass`: (sorted probabilities [rows, tokens] in their dtype, C float64).
 
     The probabilities of a row have to sum to less than 4. A bad row (all NaN) gives NaN from C[1] on.
     """
@@ -68,11 +68,11 @@ def prefix_mass(probabilities: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         ordered = launch.empty((rows, tokens), table.dtype, table)
         cumulative = launch.empty((rows, tokens + 1), torch.float64, table)
         if tokens == 0:
-            return ordered, cumulative.zero_()
+            return ordered, cumulative.zero_()[:, ::every]
         sums = launch.empty((rows, tiles), torch.int64, table)
         order = launch.settings(order, table, torch.int64)
         constants = {"block": launch.BLOCK, "num_warps": launch.WARPS}
         launch.launch(gather_ordered, (tiles, rows), table, table.stride(0), order, ordered, sums, tokens, **constants)
         wide = launch.power_of_two(tiles)
         launch.launch(prefix_write, (tiles, rows), ordered, sums, cumulative, tokens, wide=wide, **constants)
-        return ordered, cumulative
+        return ordered, cumulative[:, ::every]

@@ -1,0 +1,106 @@
+// Token laws in the order of their bytes, with float64 sums from which the mass of any interval of tokens follows.
+
+constexpr int64_t STRIDE = 16;  // the byte walk keeps a sum for every so many tokens, as kernels/reference.py
+
+// Probabilities [rows, width] in byte-sorted order and their sums. ordered: float [rows, tokens]; sums: double
+// [rows, tokens / every + 1], what comes before tokens 0, every, 2 * every and so on.
+inline void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t every, const float* probabilities,
+                        const int32_t* order, float* ordered, double* sums) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float* row = probabilities + r * width;
+        double sum = 0;
+        *sums++ = 0;
+        int64_t left = every;
+        for (int64_t i = 0; i < tokens; i++) {
+            // The order jumps about in a table larger than the nearest caches.
+            if (i + 48 < tokens) __builtin_prefetch(row + order[i + 48]);
+            const float p = row[order[i]];
+            *ordered++ = p;
+            sum += double(p);
+            if (--left == 0) {
+                *sums++ = sum;
+                left = every;
+            }
+        }
+    }
+}
+
+// The powers 2^((x - pivot) * scale - offset) of a row's tokens in `order`, to out: [count]. False for a bad row.
+template <class T>
+TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs& runs, std::vector<float>& offsets,
+                              float* out, Normaliser& n) {
+    const auto* row = static_cast<const typename T::Element*>(one.row);
+    const int64_t count = runs.back().second;
+    typename T::Element picked[BLOCK];
+    Exponent x;
+    x.row[0] = picked;
+    n.pivot = -INF;
+    for (int64_t i = 0; i < std::min<int64_t>(runs[0].second, 128); i++) {
+        const float v = T::one(row, order[i]);
+        if (v > n.pivot && v < INF) n.pivot = v;
+    }
+    x.pivot[0] = n.pivot = n.pivot > -INF ? n.pivot : 0;
+    x.scale[0] = n.scale = float(1.4426950408889634 / one.temperature);
+    auto block = [&](std::pair<int64_t, int64_t> run, float offset) __attribute__((always_inline)) {
+        const auto [low, high] = run;
+        const int32_t* ids = order + low;
+        // The order jumps about in a table larger than the nearest caches.
+        const int64_t ahead = std::min(high - low, count - 48 - low);
+        int64_t i = 0;
+        for (; i < ahead; i++) {
+            __builtin_prefetch(row + ids[i + 48]);
+            picked[i] = row[ids[i]];
+        }
+        for (; i < high - low; i++) picked[i] = row[ids[i]];
+        return powers<T, 1, true>(x, 0, high - low, offset, out + low);
+    };
+    auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) {
+        for (int64_t i = run.first; i < run.second; i++) {
+            const float v = T::one(row, order[i]);
+            if (v != v || v == INF) return false;
+        }
+        done.odd = false;
+        return true;
+    };
+    return accumulate(runs, offsets, block, repair, n.offset, n.sum);
+}
+
+// Multiplies masses [count] by a scale, and continues the sums over whole strides of the first `tokens` of them.
+TS_INLINE void scale_masses(float* masses, int64_t count, int64_t tokens, float scale, double& sum, double*& sums) {
+    int64_t i = 0;
+    for (; i + STRIDE <= tokens; i += STRIDE) {
+        Doubles part = {};
+        for (int64_t k = i; k < i + STRIDE; k += LANES) {
+            const Floats x = load(masses + k) * splat(scale);
+            store(masses + k, x);
+            part += widened(half(x, 0)) + widened(half(x, 1));
+        }
+        sum += total(part);
+        *sums++ = sum;
+    }
+    for (; i < count; i++) masses[i] *= scale;
+}
+
+// The softmax of logits / temperature over the tokens in `order` (int32 [count], at least one), in that order,
+// and the sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride `stride` (elements); temperatures: double [rows]; ordered: float [rows, count]; sums: double [rows, tokens / STRIDE + 1]. A bad
+// row is NaN throughout.
+inline void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const void* logits, int32_t dtype, int64_t stride,
+                           const double* temperatures, const int32_t* order, float* ordered, double* sums) {
+    static thread_local std::vector<float> offsets;
+    Runs runs;
+    for (int64_t low = 0; low < count; low += BLOCK) runs.emplace_back(low, std::min(low + BLOCK, count));
+    for (int64_t r = 0; r < rows; r++, ordered += count) {
+        const Asked one = {row_of(dtype, logits, stride, r), dtype, 1.0, temperatures[r]};
+        Normaliser n;
+        const bool good = dtype == FLOAT32    ? ordered_powers<F32>(one, order, runs, offsets, ordered, n)
+                          : dtype == BFLOAT16 ? ordered_powers<Bf16>(one, order, runs, offsets, ordered, n)
+                                              : ordered_powers<F16>(one, order, runs, offsets, ordered, n);
+        double sum = 0;
+        *sums++ = 0;
+        for (size_t b = 0; b < runs.size(); b++) {
+            const auto [low, high] = runs[b];
+            const float scale = good ? float(rescale(ordered, runs[b], offsets[b], n.offset) / n.sum) : NAN_F;
+            scale_masses(ordered + low, high - low, std::min(high, tokens) - low, scale, sum, sums);
+        }
+    }
+}
