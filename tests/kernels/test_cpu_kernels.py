@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import DTYPES, MixCase, adversarial_cases, assert_probabilities, random_case, with_signs
-from token_swarm.kernels import UnionMap, eager, native, reference
+from token_swarm.kernels import STRIDE, UnionMap, eager, native, reference
 from token_swarm.particle import Rule
 from token_swarm.vocabulary import Vocabulary
 
@@ -188,12 +188,15 @@ def test_prefix_mass_of_every_few_tokens(kernels: ModuleType, every: int) -> Non
     expected, exact = reference.prefix_mass(table.double(), order, every)
     assert torch.equal(ordered.double(), expected)
     assert sums.shape == (3, 70 // every + 1)
+    assert sums.is_contiguous()
     assert torch.allclose(sums, exact, rtol=1e-14, atol=0)
 
 
 @every_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("width", "count", "tokens"), [(2, 1, 1), (40, 33, 31), (60, 60, 48), (5003, 4999, 4096)])
+@pytest.mark.parametrize(
+    ("width", "count", "tokens"), [(2, 1, 1), (40, 33, 31), (60, 60, 48), (90, 80, 72), (5003, 4999, 4096)]
+)
 def test_softmax_masses(kernels: ModuleType, width: int, count: int, tokens: int, dtype: torch.dtype) -> None:
     """Rows of a wider table; offsets that float32 has few digits for; what takes no part is not looked at."""
     random = torch.Generator().manual_seed(width)
@@ -214,9 +217,9 @@ def test_softmax_masses(kernels: ModuleType, width: int, count: int, tokens: int
     assert not expected[:4].isnan().any()
     assert_probabilities(ordered, expected, relative=2e-5 if kernels is eager else 1e-5)
     assert sums.dtype == torch.float64
-    assert sums.shape == (6, tokens // 16 + 1)
+    assert sums.shape == (6, tokens // STRIDE + 1)
     # Of the probabilities that are there, to the last digits.
-    kept = torch.nn.functional.pad(ordered[:4, :tokens].double().cumsum(1), (1, 0))[:, ::16]
+    kept = torch.nn.functional.pad(ordered[:4, :tokens].double().cumsum(1), (1, 0))[:, ::STRIDE]
     assert torch.allclose(sums[:4], kept, rtol=1e-13, atol=0)
     assert sums[4:, 1:].isnan().all()
     assert torch.allclose(sums[:4], exact[:4], rtol=2e-5, atol=1e-30)

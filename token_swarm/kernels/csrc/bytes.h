@@ -118,6 +118,3 @@ inline double sum_interval(const T* p, int64_t low, int64_t high) {
     for (; i < high; i++) a += double(p[i]);
     return (a + b) + (c + d);
 }
-
-inline double sum_floats(const float* p, int64_t low, int64_t high) { return sum_interval(p, low, high); }
-inline double sum_doubles(const double* p, int64_t low, int64_t high) { return sum_interval(p, low, high); }

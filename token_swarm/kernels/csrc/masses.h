@@ -1,6 +1,6 @@
 // Token laws in the order of their bytes, with float64 sums from which the mass of any interval of tokens follows.
 
-constexpr int64_t STRIDE = 16;  // the byte walk keeps a sum for every so many tokens, as kernels/reference.py
+constexpr int64_t STRIDE = 8;  // the byte walk keeps a sum for every so many tokens, as kernels/reference.py
 
 // Probabilities [rows, width] in byte-sorted order and their sums. ordered: float [rows, tokens]; sums: double
 // [rows, tokens / every + 1], what comes before tokens 0, every, 2 * every and so on.
@@ -66,24 +66,34 @@ TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs
 }
 
 // Multiplies masses [count] by a scale, and continues the sums over whole strides of the first `tokens` of them.
+static_assert(LANES == STRIDE || LANES == 2 * STRIDE);
 TS_INLINE void scale_masses(float* masses, int64_t count, int64_t tokens, float scale, double& sum, double*& sums) {
     int64_t i = 0;
-    for (; i + STRIDE <= tokens; i += STRIDE) {
-        Doubles part = {};
-        for (int64_t k = i; k < i + STRIDE; k += LANES) {
-            const Floats x = load(masses + k) * splat(scale);
-            store(masses + k, x);
-            part += widened(half(x, 0)) + widened(half(x, 1));
+    for (; i + LANES <= tokens; i += LANES) {
+        const Floats x = load(masses + i) * splat(scale);
+        store(masses + i, x);
+        const Doubles low = widened(half(x, 0)), high = widened(half(x, 1));
+        if (LANES == STRIDE) {
+            *sums++ = sum += total(low + high);
+        } else {
+            *sums++ = sum += total(low);
+            *sums++ = sum += total(high);
         }
-        sum += total(part);
-        *sums++ = sum;
     }
-    for (; i < count; i++) masses[i] *= scale;
+    int64_t whole = tokens / STRIDE * STRIDE;
+    for (double part = 0; i < count; i++) {
+        masses[i] *= scale;
+        if (i >= whole) continue;
+        part += double(masses[i]);
+        if (i % STRIDE < STRIDE - 1) continue;
+        *sums++ = sum += part;
+        part = 0;
+    }
 }
 
-// The softmax of logits / temperature over the tokens in `order` (int32 [count], at least one), in that order,
-// and the sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride `stride` (elements); temperatures: double [rows]; ordered: float [rows, count]; sums: double [rows, tokens / STRIDE + 1]. A bad
-// row is NaN throughout.
+// The softmax of logits / temperature over the tokens in `order` (int32 [count], at least one), in that order, and the
+// sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride `stride` (elements); temperatures:
+// double [rows]; ordered: float [rows, count]; sums: double [rows, tokens / STRIDE + 1]. A bad row is NaN throughout.
 inline void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const void* logits, int32_t dtype, int64_t stride,
                            const double* temperatures, const int32_t* order, float* ordered, double* sums) {
     static thread_local std::vector<float> offsets;

@@ -285,29 +285,16 @@ private:
     double interval(const T* masses, const double* sums, int64_t low, int64_t high) const {
         const int64_t first = (low + STRIDE - 1) / STRIDE, last = high / STRIDE;
         if (first < last) {
-            const double mass = sums[last] - sums[first] + sum_few(masses, low, first * STRIDE) + sum_few(masses, last * STRIDE, high);
-            return mass >= spec.exact_below ? mass : sum_many(masses, low, high);
+            const double mass = sums[last] - sums[first] + baseline::sum_interval(masses, low, first * STRIDE) +
+                                baseline::sum_interval(masses, last * STRIDE, high);
+            if (mass >= spec.exact_below) return mass;
         }
-        return sum_few(masses, low, high);
+        return baseline::sum_interval(masses, low, high);
     }
 
     double interval(const LawView& law, int64_t low, int64_t high) const {
         return law.wide ? interval(static_cast<const double*>(law.probabilities), law.sums, low, high)
                         : interval(static_cast<const float*>(law.probabilities), law.sums, low, high);
-    }
-
-    template <class T>
-    static double sum_few(const T* masses, int64_t low, int64_t high) {
-        double sum = 0;
-        for (int64_t i = low; i < high; i++) sum += double(masses[i]);
-        return sum;
-    }
-
-    static double sum_many(const float* masses, int64_t low, int64_t high) {
-        return TS_PICK(sum_floats)(masses, low, high);
-    }
-    static double sum_many(const double* masses, int64_t low, int64_t high) {
-        return TS_PICK(sum_doubles)(masses, low, high);
     }
 
     double pending(const LawView& law, int32_t node) const {
@@ -328,9 +315,29 @@ private:
     }
 
     void add_next(const LawView& law, int32_t node, double weight, double* out) const {
-        for (int32_t to = spec.first_child[node]; to < spec.first_child[node + 1]; to++)
-            out[spec.byte[to]] += weight * interval(law, spec.low[to], spec.high[to]);
+        if (law.wide) add_next(static_cast<const double*>(law.probabilities), law.sums, node, weight, out);
+        else add_next(static_cast<const float*>(law.probabilities), law.sums, node, weight, out);
         if (node == ROOT) out[END] += weight * law.end;
+    }
+
+    // Mass of the sorted tokens before one of them.
+    template <class T>
+    static double before(const T* masses, const double* sums, int64_t token) {
+        return sums[token / STRIDE] + baseline::sum_interval(masses, token / STRIDE * STRIDE, token);
+    }
+
+    // The intervals of a node's children follow upon one another.
+    template <class T>
+    void add_next(const T* masses, const double* sums, int32_t node, double weight, double* out) const {
+        const int32_t first = spec.first_child[node], last = spec.first_child[node + 1];
+        if (first == last) return;
+        double low = before(masses, sums, spec.low[first]);
+        for (int32_t to = first; to < last; to++) {
+            const double high = before(masses, sums, spec.high[to]), mass = high - low;
+            const bool exact = mass >= spec.exact_below;
+            out[spec.byte[to]] += weight * (exact ? mass : baseline::sum_interval(masses, spec.low[to], spec.high[to]));
+            low = high;
+        }
     }
 
     const double* first(int32_t law) {

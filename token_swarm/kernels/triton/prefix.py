@@ -68,11 +68,11 @@ def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[T
         ordered = launch.empty((rows, tokens), table.dtype, table)
         cumulative = launch.empty((rows, tokens + 1), torch.float64, table)
         if tokens == 0:
-            return ordered, cumulative.zero_()[:, ::every]
+            return ordered, cumulative.zero_()[:, ::every].contiguous()
         sums = launch.empty((rows, tiles), torch.int64, table)
         order = launch.settings(order, table, torch.int64)
         constants = {"block": launch.BLOCK, "num_warps": launch.WARPS}
         launch.launch(gather_ordered, (tiles, rows), table, table.stride(0), order, ordered, sums, tokens, **constants)
         wide = launch.power_of_two(tiles)
         launch.launch(prefix_write, (tiles, rows), ordered, sums, cumulative, tokens, wide=wide, **constants)
-        return ordered, cumulative[:, ::every]
+        return ordered, cumulative[:, ::every].contiguous()
