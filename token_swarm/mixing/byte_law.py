@@ -92,7 +92,7 @@ class LawMaker:
     def __init__(self, trie: ByteTrie, eos_ids: tuple[int, ...]) -> None:
         self.trie = trie
         self._eos_ids = eos_ids
-        self._every = torch.tensor([*trie.order.tolist(), *eos_ids], dtype=torch.int32)
+        self._every = torch.from_numpy(np.concatenate([trie.order, eos_ids]).astype(np.int32))
         """All ids that may be generated: those that write something, and those that end the text."""
         self._order = self._every[: trie.order.size]
 
