@@ -42,21 +42,26 @@ async def test_a_latency_report_has_every_part_of_every_expert(tmp_path: Path) -
 
 
 async def test_parts_of_a_text_are_measured_where_they_happen(tmp_path: Path) -> None:
+    filtered = PLAN.request({}, 3)
+    filtered.sampling.temperature, filtered.sampling.top_k = 1.0, 50
     async with coordinator(tmp_path) as running:
-        request = PLAN.request({}, 3)
-        stretch = await run_load(running.stub, Load(concurrency=1), [request], seed=0)
-    (sample,) = stretch.samples
-    told = sample.finish.timings.breakdown
-    assert {each.expert: each.steps for each in told.experts}.keys() == set(EXPERTS)
-    for each in told.experts:
-        assert each.steps >= 1
-        assert each.transport_seconds > 0
-        assert min(each.queue_seconds, each.compute_seconds, each.wait_seconds) >= 0
-    for part in ("encode", "mix", "prefix_mass", "walk", "scheduling"):
-        assert getattr(told, f"{part}_seconds") > 0, part
-    # Forwards run while text is sent: what they hide is not counted.
-    assert told.send_seconds >= 0
-    assert sample.server <= sample.total
+        stretch = await run_load(running.stub, Load(concurrency=1), [PLAN.request({}, 3), filtered], seed=0)
+    for sample in stretch.samples:
+        told = sample.finish.timings.breakdown
+        assert {each.expert: each.steps for each in told.experts}.keys() == set(EXPERTS)
+        for each in told.experts:
+            assert each.steps >= 1
+            assert each.transport_seconds > 0
+            assert min(each.queue_seconds, each.compute_seconds, each.wait_seconds) >= 0
+        for part in ("encode", "prefix_mass", "walk", "scheduling"):
+            assert getattr(told, f"{part}_seconds") > 0, part
+        # Forwards run while text is sent: what they hide is not counted.
+        assert told.send_seconds >= 0
+        assert sample.server <= sample.total
+    # Experts of different vocabularies share no token law: there is one to be made only where a filter acts on it.
+    plain, shaped = (sample.finish.timings.breakdown.mix_seconds for sample in stretch.samples)
+    assert plain == 0
+    assert shaped > 0
 
 
 async def test_loads_take_turns_and_count_their_requests(tmp_path: Path) -> None:

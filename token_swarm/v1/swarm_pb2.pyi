@@ -502,7 +502,7 @@ class Breakdown(_message.Message):
     mix_seconds: _builtins.float
     """Logits to token laws: temperatures, softmax, the mixture inside a group, filters."""
     prefix_mass_seconds: _builtins.float
-    """Token laws to cumulative masses in the order of their bytes."""
+    """Token laws, or a lone expert's logits, to cumulative masses in the order of their bytes."""
     walk_seconds: _builtins.float
     """Mixing across groups, sampling and appending bytes."""
     scheduling_seconds: _builtins.float
