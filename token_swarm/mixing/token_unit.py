@@ -51,7 +51,7 @@ class TokenUnit:
         del max_bytes, max_tokens
         if self._law is None:
             raise RuntimeError("the history has not been forwarded: feed what `due` names first")
-        if not bool(self._law.any()):
+        if not float(self._law.amax()) > 0:  # of floats torch takes thirty times as long for `any`
             return Walk(ended=True)
         uniforms = sampler.uniforms(1)
         drawn = torch.tensor([0.0 if uniforms is None else uniforms[0]], dtype=torch.float64)
