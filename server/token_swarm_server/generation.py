@@ -363,7 +363,7 @@ class Generation:
 async def score_text(
     ensemble: Ensemble, members: Members, text: str, allocate: Callable[[str], int], pool: MixingPool
 ) -> Score:
-    """Log-probability of `text` under the experts of `members`. An expert that comes back is asked from the start.
+    """Log-probability of `text` under the experts of `members`. An expert that comes back goes on where it was lost.
 
     Raises ExpertUnavailable, and what `Scorer` does.
     """
@@ -374,21 +374,18 @@ async def score_text(
     faults = 0
     while True:
         scorer = Scorer(ensemble, members.mixture, prompts, text, pieces, allocate)
-        lost: list[str] = []
         try:
-            while not lost and (calls := scorer.calls()):
+            while calls := scorer.calls():
                 outcomes = await members.answers(members.ask(calls))
-                lost = [name for name in calls if name not in outcomes]
-                if not lost:
-                    await pool.aside(partial(scorer.resume, outcomes))
+                await pool.aside(partial(scorer.resume, outcomes))
+                await members.settle([name for name in calls if name not in outcomes])
+            return scorer.score
         except BadLogits as fault:
             faults += 1
             if faults > _MAX_FAULTS:
                 raise
             members.blame(fault)
-            lost = list(fault.experts)
+            at_fault = fault.experts
         finally:
             members.release(scorer.close())
-        if not lost:
-            return scorer.score
-        await members.settle(lost)
+        await members.settle(at_fault)

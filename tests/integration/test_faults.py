@@ -338,12 +338,14 @@ async def test_the_queue_is_bounded_in_requests_and_in_bytes(tmp_path: Path) -> 
         await running.nothing_held()
 
 
-async def test_score_outlives_an_expert(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", [0.0, 0.01, 0.03, 0.06])
+async def test_score_outlives_an_expert(tmp_path: Path, after: float) -> None:
+    """Wherever the score is: the expert may owe it rows or not, and be back before it is asked again."""
     async with swarm(tmp_path) as running:
         request = swarm_pb2.ScoreRequest(prompt="ab", text="abcab" * 60)
         expected = (await running.stub.Score(request)).log_prob
         score = asyncio.create_task(_score(running, request))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(after)
         await running.kill("e1")
         await running.start("e1")
         assert await score == pytest.approx(expected)

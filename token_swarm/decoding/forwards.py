@@ -24,7 +24,8 @@ Outcome = Tensor | OpError
 Calls = dict[str, list[Op]]
 """Operations by expert name, to be run as one step per expert, all experts at the same time."""
 
-_MAX_RECOVERIES = 3
+MAX_RECOVERIES = 3
+"""How often in a row an expert may say that it does not have a sequence."""
 
 
 class ContextFull(Exception):
@@ -150,7 +151,7 @@ class Forwards:
         if refused.kind is OpErrorKind.CONTEXT_FULL:
             raise ContextFull
         self._recoveries += 1
-        if refused.kind is not OpErrorKind.UNKNOWN_SEQUENCE or self._recoveries > _MAX_RECOVERIES:
+        if refused.kind is not OpErrorKind.UNKNOWN_SEQUENCE or self._recoveries > MAX_RECOVERIES:
             raise ExpertFault(name, refused.message)
         self.lost(name)
 

@@ -76,15 +76,19 @@ class LocalEnsemble:
 
     def score(self, prompt: str, text: str, mixture: Mixture) -> Score:
         """Log-probability of `text` after `prompt`, under the ensemble and under each of its experts."""
-        prompts = self.encode(mixture, prompt)
-        tokens = {
-            name: self._experts[name].tokenize(scored_text(self.ensemble.specs[name], encoded, text)[1])
-            for name, encoded in prompts.items()
-        }
-        scorer = Scorer(self.ensemble, mixture, prompts, text, tokens, self.allocate)
+        scorer = self.scorer(prompt, text, mixture)
         try:
             while calls := scorer.calls():
                 scorer.resume(self.run(calls))
         finally:
             self.run(scorer.close())
         return scorer.score
+
+    def scorer(self, prompt: str, text: str, mixture: Mixture) -> Scorer:
+        """A scorer for one text; drive it with `run`."""
+        prompts = self.encode(mixture, prompt)
+        tokens = {
+            name: self._experts[name].tokenize(scored_text(self.ensemble.specs[name], encoded, text)[1])
+            for name, encoded in prompts.items()
+        }
+        return Scorer(self.ensemble, mixture, prompts, text, tokens, self.allocate)

@@ -18,9 +18,17 @@ import numpy as np
 from torch import Tensor
 
 from token_swarm.decoding.ensemble import Ensemble
-from token_swarm.decoding.forwards import Calls, Outcome
+from token_swarm.decoding.forwards import MAX_RECOVERIES, Calls, Outcome
 from token_swarm.errors import BadParameter, ExpertFault, PromptTooLong
-from token_swarm.experts.contract import Close, EncodedPrompt, ExpertSpec, Extend, Open, OpError, Rows
+from token_swarm.experts.contract import (
+    Close,
+    EncodedPrompt,
+    ExpertSpec,
+    Extend,
+    Open,
+    OpErrorKind,
+    Rows,
+)
 from token_swarm.mixing.byte_law import ByteLaw
 from token_swarm.mixing.byte_unit import ByteUnit, ColdHead
 from token_swarm.mixing.groups import Group
@@ -102,26 +110,41 @@ class CanonicalPath:
 
 @dataclass
 class _Pass:
-    """One expert's forwards over its path. rows[j]: logits after context + tokens[:j]."""
+    """One expert's forwards over its path. rows[j]: logits after context + tokens[:j].
+
+    read: tokens of the path that the expert has answered for, -1 before its context. asked: those that it was asked
+    to read. is_open: whether it holds `sequence`, as far as is known.
+    """
 
     path: CanonicalPath
     sequence: int
     rows: dict[int, Tensor] = field(default_factory=dict)
+    read: int = -1
     asked: int = -1
+    is_open: bool = False
+    recoveries: int = 0
     law: ByteLaw | None = None
     law_row: int = -1
 
     def next_op(self) -> Open | Extend | None:
         """The next piece of the pass; the last token's row says nothing about the text."""
-        if self.asked < 0:
-            self.asked = 0
-            return Open(self.sequence, self.path.context, Rows.LAST)
+        if not self.is_open:
+            self.is_open = True
+            self.asked = max(self.read, 0)
+            return Open(self.sequence, self.path.context + self.path.tokens[: self.asked], Rows.LAST)
         stop = min(self.asked + CHUNK, len(self.path.tokens) - 1)
         if stop <= self.asked:
             return None
         piece = self.path.tokens[self.asked : stop]
         self.asked = stop
         return Extend(self.sequence, piece, Rows.ALL)
+
+    def take(self, outcome: Tensor) -> None:
+        """The rows of the last piece; the one that a sequence opened again ends with was there before."""
+        first = self.asked - outcome.shape[0] + 1
+        self.rows.update({first + i: row for i, row in enumerate(outcome) if first + i > self.read})
+        self.read = self.asked
+        self.recoveries = 0
 
 
 def scored_text(spec: ExpertSpec, prompt: EncodedPrompt, text: str) -> tuple[tuple[int, ...], str]:
@@ -160,34 +183,49 @@ class Scorer:
         self._own = ensemble.score_unit(singles, taken)
         self._text = text.encode()
         self._at = 0
+        self._asked: set[str] = set()
         self.score = Score(len(self._text), {name: ExpertScore(len(path.tokens)) for name, path in paths.items()})
 
     def calls(self) -> Calls:
         """The next piece of every pass that is waited for; empty when the text is scored."""
-        if self._at == len(self._text):
-            return {}
         calls: Calls = {}
+        self._asked.clear()
+        if self._at == len(self._text):
+            return calls
         for name in self._missing():
             op = self._passes[name].next_op()
             if op is None:
                 raise ExpertFault(name, "its tokens end before the text does")
             calls[name] = [op]
+        self._asked.update(calls)
         return calls
 
     def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
-        """Take the rows of the last `calls` and score as far as they reach."""
-        for name, (outcome,) in outcomes.items():
-            if isinstance(outcome, OpError):
-                raise ExpertFault(name, outcome.message)
+        """Take the rows of the last `calls` and score as far as they reach.
+
+        An expert without outcomes was lost. Its sequence, and one that an expert says it does not have, is opened
+        again by the next `calls`, with what was read before.
+        Raises ExpertFault when an expert keeps refusing, and BadLogits.
+        """
+        for name in self._asked:
             own = self._passes[name]
-            first = own.asked - outcome.shape[0] + 1
-            own.rows.update({first + i: row for i, row in enumerate(outcome)})
+            if name not in outcomes:
+                own.is_open = False
+                continue
+            (outcome,) = outcomes[name]
+            if isinstance(outcome, Tensor):
+                own.take(outcome)
+                continue
+            own.recoveries += 1
+            if outcome.kind is not OpErrorKind.UNKNOWN_SEQUENCE or own.recoveries > MAX_RECOVERIES:
+                raise ExpertFault(name, outcome.message)
+            own.is_open = False
         while self._at < len(self._text) and not self._missing():
             self._score_byte()
 
     def close(self) -> Calls:
         """Operations that free the passes' KV."""
-        return {name: [Close(own.sequence)] for name, own in self._passes.items() if own.asked >= 0}
+        return {name: [Close(own.sequence)] for name, own in self._passes.items() if own.is_open}
 
     def _missing(self) -> set[str]:
         """Feed every canonical head whose rows are here; returns the experts whose rows are not."""
