@@ -159,7 +159,7 @@ class Stretch:
 
     data: bytes
     log_probs: list[float]
-    shares: npt.NDArray[np.float64]
+    shares: list[float]
     certificate: float
     status: Status
     symbol: int
@@ -201,8 +201,8 @@ class ByteWalk:
         self.handle = self._library.ts_sequence_new(len(groups), specs, log_linear)
         self._view = _WalkView()
         self.view_address = ctypes.addressof(self._view)
-        self._shares = np.zeros(self.experts)
-        self._view.shares = self._shares.ctypes.data
+        self._shares = np.empty(self.experts)
+        self._view.shares = _address(self._shares)
         self._room = 0
 
     def __del__(self) -> None:
@@ -287,16 +287,15 @@ class ByteWalk:
         if uniforms is None:
             view.uniforms = None
         else:
-            view.uniforms, view.uniform_count = uniforms.ctypes.data, uniforms.size
+            view.uniforms, view.uniform_count = _address(uniforms), uniforms.size
         view.script, view.max_bytes, view.max_tokens = script, max_bytes, max_tokens
-        self._shares[:] = 0
 
     def _stretch(self) -> Stretch:
         view = self._view
         return Stretch(
             bytes(self._bytes[: view.count]),
             self._log_probs[: view.symbols].tolist(),
-            self._shares.copy(),
+            self._shares.tolist(),
             view.certificate,
             _STATUSES[view.status],
             view.symbol,

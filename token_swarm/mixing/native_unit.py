@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from token_swarm.kernels import native
 from token_swarm.kernels.byte_walk import ByteWalk, HeadView, LawView, Status, Stretch, WalkGroup, Which, law_view
 from token_swarm.mixing.byte_group import (
@@ -161,18 +159,18 @@ class NativeByteUnit(ByteUnit):
 
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
         """Choose bytes until some group needs a forward."""
-        walk, shares = Walk(), np.zeros(self.walker.experts)
+        walk, shares = Walk(), [0.0] * self.walker.experts
         while True:
             room = max_bytes - len(walk.data)
             stretch = self._stretch(sampler, room, max_tokens)
             walk.data += stretch.data
             walk.log_probs += stretch.log_probs
             walk.certificate = max(walk.certificate, stretch.certificate)
-            shares += stretch.shares
+            shares = [sum(both) for both in zip(shares, stretch.shares, strict=True)]
             if stretch.status is not Status.NEEDS_UNSHAPED:
                 walk.ended = stretch.status in (Status.ENDED, Status.NOTHING_FOLLOWS)
                 names = [name for group in self.groups for name in group.names]
-                walk.shares = dict(zip(names, shares.tolist(), strict=True))
+                walk.shares = dict(zip(names, shares, strict=True))
                 return walk
             # A filter excluded what the mixture chose; once every such group has its own law the walk goes on.
             for state in self._natives:

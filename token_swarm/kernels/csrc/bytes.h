@@ -103,18 +103,3 @@ inline void mix_bytes(int64_t groups, const double* const* laws, const double* w
     for (int s = 0; s < ROOM; s += DOUBLES) store(out + s, exp2_of(load(out + s) - top));
     scale_law(out);
 }
-
-// Mass of [low, high) summed itself, for intervals whose difference of sums has lost its digits.
-template <class T>
-inline double sum_interval(const T* p, int64_t low, int64_t high) {
-    double a = 0, b = 0, c = 0, d = 0;
-    int64_t i = low;
-    for (; i + 4 <= high; i += 4) {
-        a += double(p[i]);
-        b += double(p[i + 1]);
-        c += double(p[i + 2]);
-        d += double(p[i + 3]);
-    }
-    for (; i < high; i++) a += double(p[i]);
-    return (a + b) + (c + d);
-}

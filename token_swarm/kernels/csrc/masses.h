@@ -2,6 +2,73 @@
 
 constexpr int64_t STRIDE = 8;  // the byte walk keeps a sum for every so many tokens, as kernels/reference.py
 
+TS_INLINE QuadDoubles four(const float* p) {
+    Quads x;
+    std::memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, QuadDoubles);
+}
+
+TS_INLINE QuadDoubles four(const double* p) {
+    QuadDoubles x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+TS_INLINE QuadDoubles masked(QuadDoubles x, const uint64_t* mask) {
+    QuadLongs bits, kept;
+    std::memcpy(&bits, &x, sizeof bits);
+    std::memcpy(&kept, mask, sizeof kept);
+    bits &= kept;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+TS_INLINE double sum_of(QuadDoubles x) {
+    Pairs low, high;
+    std::memcpy(&low, &x, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+    low += high;
+    return low[0] + low[1];
+}
+
+// Mass of the sorted tokens [low, high), one by one: for intervals whose difference of sums has lost its digits.
+template <class T>
+inline double sum_interval(const T* masses, int64_t low, int64_t high) {
+    QuadDoubles sums = {};
+    for (; low + 4 <= high; low += 4) sums += four(masses + low);
+    double sum = sum_of(sums);
+    for (; low < high; low++) sum += double(masses[low]);
+    return sum;
+}
+
+// Mass of the sorted tokens before one of them.
+template <class T>
+TS_INLINE double mass_before(const T* masses, const double* sums, uint64_t tokens, uint64_t token) {
+    static_assert(STRIDE == 8);
+    static const uint64_t before[2 * STRIDE] = {~0ull, ~0ull, ~0ull, ~0ull, ~0ull, ~0ull, ~0ull, ~0ull};
+    const uint64_t stride = token / STRIDE, place = token % STRIDE;
+    const T* own = masses + stride * STRIDE;
+    if (token >= tokens / STRIDE * STRIDE) return sums[stride] + sum_interval(own, 0, int64_t(place));
+    // The whole stride with zeros for what comes after: a loop of unforeseen length costs more.
+    const uint64_t* mask = before + STRIDE - place;
+    return sums[stride] + sum_of(masked(four(own), mask) + masked(four(own + 4), mask + 4));
+}
+
+// Adds `weight` times the masses of `count` intervals that follow upon one another to out[symbols[i]]. low, high: their
+// sorted tokens; exact_below: a smaller mass is summed itself.
+template <class T>
+inline void add_masses(const T* masses, const double* sums, int64_t tokens, int64_t count, const int32_t* low,
+                       const int32_t* high, const uint8_t* symbols, double exact_below, double weight, double* out) {
+    if (count == 0) return;
+    double below = mass_before(masses, sums, uint64_t(tokens), uint64_t(low[0]));
+    for (int64_t i = 0; i < count; i++) {
+        const double above = mass_before(masses, sums, uint64_t(tokens), uint64_t(uint32_t(high[i])));
+        const double mass = above - below;
+        out[symbols[i]] += weight * (mass >= exact_below ? mass : sum_interval(masses, low[i], high[i]));
+        below = above;
+    }
+}
+
 // Probabilities [rows, width] in byte-sorted order and their sums. ordered: float [rows, tokens]; sums: double
 // [rows, tokens / every + 1], what comes before tokens 0, every, 2 * every and so on.
 inline void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t every, const float* probabilities,

@@ -16,6 +16,8 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 constexpr int DOUBLES = LANES / 2;
 typedef double Doubles __attribute__((vector_size(8 * DOUBLES)));
 typedef double Pairs __attribute__((vector_size(16)));
+typedef double QuadDoubles __attribute__((vector_size(32)));
+typedef uint64_t QuadLongs __attribute__((vector_size(32)));
 typedef uint64_t Longs __attribute__((vector_size(8 * DOUBLES)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();

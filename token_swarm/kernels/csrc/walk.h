@@ -47,7 +47,7 @@ struct WalkView {
     int64_t max_tokens;  // of the group that needs fewest; 0 for no limit
     uint8_t* bytes;      // [max_bytes]
     double* log_probs;   // [max_bytes + 1]
-    double* shares;      // [experts], added to
+    double* shares;      // [experts], summed over the symbols
     int64_t count;       // bytes appended
     int64_t symbols;     // symbols chosen
     double certificate;
@@ -71,6 +71,7 @@ struct Head {
     int64_t key, start, length;
     double weight, pending;
     int32_t history, law, node;
+    double boundary = 1;  // of a cold head that starts here: what the boundary law adds up to for it, set by `law`
 
     double mass() const { return weight * pending; }
 };
@@ -179,7 +180,8 @@ public:
                 } else if (head.law >= 0) {
                     add_next(laws[head.law].own, head.node, head.weight, cached);
                 } else if (has_boundary && head.start == int64_t(text.size())) {
-                    const double weight = head.weight / boundary_sum(head);
+                    head.boundary = boundary_sum(head);
+                    const double weight = head.weight / head.boundary;
                     fresh += weight;
                     for (int32_t to = spec.first_child[head.node]; to < spec.first_child[head.node + 1]; to++)
                         cached[spec.byte[to]] -= weight * (1 - spec.split_discount) * boundary[spec.byte[to]];
@@ -205,7 +207,7 @@ public:
                 if (head.law >= 0) continue;
                 if (head.start == int64_t(text.size())) {
                     const double split = child(head.node, byte) < 0 ? 1 : spec.split_discount;
-                    head.weight *= split * boundary[byte] / boundary_sum(head);
+                    head.weight *= split * boundary[byte] / head.boundary;
                 } else {
                     head.weight *= likely;
                 }
@@ -320,24 +322,13 @@ private:
         if (node == ROOT) out[END] += weight * law.end;
     }
 
-    // Mass of the sorted tokens before one of them.
-    template <class T>
-    static double before(const T* masses, const double* sums, int64_t token) {
-        return sums[token / STRIDE] + baseline::sum_interval(masses, token / STRIDE * STRIDE, token);
-    }
-
     // The intervals of a node's children follow upon one another.
     template <class T>
     void add_next(const T* masses, const double* sums, int32_t node, double weight, double* out) const {
-        const int32_t first = spec.first_child[node], last = spec.first_child[node + 1];
-        if (first == last) return;
-        double low = before(masses, sums, spec.low[first]);
-        for (int32_t to = first; to < last; to++) {
-            const double high = before(masses, sums, spec.high[to]), mass = high - low;
-            const bool exact = mass >= spec.exact_below;
-            out[spec.byte[to]] += weight * (exact ? mass : baseline::sum_interval(masses, spec.low[to], spec.high[to]));
-            low = high;
-        }
+        const int32_t first = spec.first_child[node], count = spec.first_child[node + 1] - first;
+        TS_PICK(add_masses<T>)
+        (masses, sums, spec.tokens, count, spec.low + first, spec.high + first, spec.byte + first, spec.exact_below, weight,
+         out);
     }
 
     const double* first(int32_t law) {
@@ -420,6 +411,12 @@ struct Sequence {
     bool log_linear;
     int32_t chosen = -1;  // chosen, but not yet appended: a group needs its unshaped laws first
 
+    int64_t experts() const {
+        int64_t n = 0;
+        for (auto& group : groups) n += group.spec.members;
+        return n;
+    }
+
     void mixed(double* out) {
         const double* laws[baseline::MAX_EXPERTS];
         double weights[baseline::MAX_EXPERTS];
@@ -449,6 +446,7 @@ struct Sequence {
     void walk(WalkView& io) {
         io.count = io.symbols = 0;
         io.certificate = 0;
+        std::fill(io.shares, io.shares + experts(), 0.0);
         for (;;) {
             if (chosen < 0) {
                 io.status = NEEDS_FORWARD;
