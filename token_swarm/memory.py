@@ -10,6 +10,7 @@ import math
 import mmap
 import weakref
 from collections import deque
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,21 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if not LEAST_BYTES <= size <= MOST_BYTES:
         return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_lend(size), dtype=dtype).view(shape)
+
+
+def empty_array(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """As `numpy.empty`. Unlike an operation of torch it lets no other thread have the interpreter."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if not LEAST_BYTES <= size <= MOST_BYTES:
+        return np.empty(shape, dtype)
+    # Of an array that it is given numpy would keep the owner alone; of its buffer it keeps the array.
+    return np.frombuffer(_lend(size).data, dtype).reshape(shape)
+
+
+def _lend(size: int) -> npt.NDArray[np.uint8]:
+    """So many bytes. What is made of them must hold on to this array, as users of the buffer protocol do: the block is
+    used again when it is gone."""
     # Few sizes, so that most blocks fit what comes next; what is beyond the array is never touched.
     capacity = 1 << (size - 1).bit_length()
     kept = _kept.get(capacity)
@@ -43,7 +59,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # Not from the allocator: what such blocks leave behind in its heap is held for ever and used by nobody.
         pages = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block = np.frombuffer(pages, dtype=np.uint8)
-    # The tensor, and every view of it, holds on to this array and to nothing else of the block.
     lent = block[:size]
     weakref.finalize(lent, kept.append, block).atexit = False
-    return torch.frombuffer(lent, dtype=dtype).view(shape)
+    return lent

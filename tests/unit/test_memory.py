@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,37 @@ def test_a_view_holds_on_to_it(view) -> None:
     assert other.data_ptr() != address
     other.fill_(2.0)
     assert (part == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda whole: whole[1],
+        lambda whole: whole.reshape(-1).view(np.uint32).view(np.float32),
+        lambda whole: torch.from_numpy(whole)[1],
+        lambda whole: torch.from_numpy(whole).numpy()[1:][0][:7],
+    ],
+)
+def test_a_view_of_a_numpy_array_holds_on_to_it(view) -> None:
+    whole = memory.empty_array((2, WIDTH), np.float32)
+    whole[:] = 1.0
+    address, part = whole.ctypes.data, view(whole)
+    del whole
+    other = memory.empty_array((2, WIDTH), np.float32)
+    assert other.ctypes.data != address
+    other[:] = 2.0
+    assert (part == 1.0).all()
+    del part
+    assert memory.empty_array((2, WIDTH), np.float32).ctypes.data == address
+
+
+def test_numpy_and_torch_share_what_is_free() -> None:
+    first = memory.empty_array((3, WIDTH), np.float64)
+    assert (first.shape, first.dtype, first.ctypes.data % 64) == ((3, WIDTH), np.float64, 0)
+    address = first.ctypes.data
+    del first
+    assert memory.empty((3, WIDTH), torch.float64).data_ptr() == address
+    assert memory.empty_array((3, 5), np.float32).shape == (3, 5)
 
 
 def test_arrays_that_live_never_share_memory_whatever_thread_asks() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,7 +189,7 @@ def choose(probabilities: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Ten
 def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
     """As `reference.prefix_mass`."""
     rows, width = probabilities.shape
-    table, ids = probabilities.contiguous(), order.to(torch.int32).contiguous()
+    table, ids = probabilities.contiguous(), _as(torch.int32, order)
     ordered = memory.empty((rows, order.numel()), torch.float32)
     cumulative = memory.empty((rows, order.numel() // every + 1), torch.float64)
     _call(
@@ -201,15 +202,15 @@ def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[T
 def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """As `reference.softmax_masses`; float32 probabilities."""
     table = logits if logits.stride(-1) == 1 else logits.contiguous()
-    heat, ids = _doubles(temperatures), order.to(torch.int32).contiguous()
+    heat, ids = _as(torch.float64, temperatures), _as(torch.int32, order)
     rows, count = table.shape[0], ids.numel()
-    ordered = memory.empty((rows, count), torch.float32)
-    cumulative = memory.empty((rows, tokens // STRIDE + 1), torch.float64)
+    ordered = torch.from_numpy(memory.empty_array((rows, count), np.float32))
+    sums = torch.from_numpy(memory.empty_array((rows, tokens // STRIDE + 1), np.float64))
     _call(
         "ts_softmax_masses", rows, count, tokens, table.data_ptr(), _DTYPES[table.dtype], table.stride(0),
-        heat.data_ptr(), ids.data_ptr(), ordered.data_ptr(), cumulative.data_ptr(),
+        heat.data_ptr(), ids.data_ptr(), ordered.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
-    return ordered, cumulative
+    return ordered, sums
 
 
 def score_linear(masses: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
@@ -240,4 +241,9 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
 
 
 def _doubles(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64).contiguous()
+    return _as(torch.float64, tensor)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    # Nothing is called on what is right already: every operation of torch lets another thread have the interpreter.
+    return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

@@ -106,13 +106,13 @@ class LawMaker:
         own = probabilities.numpy()
         end = float(sum(own[eos].item() for eos in self._eos_ids))
         ordered, sums = kernels.prefix_mass(probabilities[None], self._order, STRIDE)
-        return ByteLaw(self.trie, ordered[0].numpy(), sums[0].numpy(), end, members, make_unshaped)
+        return ByteLaw(self.trie, ordered.numpy()[0], sums.numpy()[0], end, members, make_unshaped)
 
     def of_logits(self, row: Tensor, temperatures: Tensor) -> ByteLaw | None:
         """The byte law of the softmax of a logit row [width], in one pass; None if it is none. temperatures: [1]."""
         tokens = self.trie.order.size
         ordered, sums = kernels.softmax_masses(row[None], temperatures, self._every, tokens)
-        own = ordered[0].numpy()
+        own = ordered.numpy()[0]
         if math.isnan(own[0]):
             return None
-        return ByteLaw(self.trie, own[:tokens], sums[0].numpy(), float(own[tokens:].sum(dtype=np.float64)))
+        return ByteLaw(self.trie, own[:tokens], sums.numpy()[0], float(own[tokens:].sum(dtype=np.float64)))

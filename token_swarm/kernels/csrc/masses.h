@@ -133,8 +133,8 @@ TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs
 }
 
 // Multiplies masses [count] by a scale, and continues the sums over whole strides of the first `tokens` of them.
-static_assert(LANES == STRIDE || LANES == 2 * STRIDE);
 TS_INLINE void scale_masses(float* masses, int64_t count, int64_t tokens, float scale, double& sum, double*& sums) {
+    static_assert(LANES == STRIDE || LANES == 2 * STRIDE);
     int64_t i = 0;
     for (; i + LANES <= tokens; i += LANES) {
         const Floats x = load(masses + i) * splat(scale);
