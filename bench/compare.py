@@ -4,8 +4,9 @@ Every contestant takes a turn in every round, on the same prompts and the same c
 median over the rounds of that round's ratio, so that what drifts cancels.
 
 floor: the forwards that the ensemble ran in the same round, run again by the same experts at the same time, without a
-coordinator (bench/rivals/recording_expert.py). alone: one expert through the same server. bytes: one expert through the
-same server in the byte unit, marginal over tokenizations. generate: `model.generate`, one thread. lockstep: the
+coordinator (bench/rivals/recording_expert.py). own forwards: those forwards themselves, as the expert that took longer
+for them clocked them while the texts were written. alone: one expert through the same server. bytes: one expert through
+the same server in the byte unit, marginal over tokenizations. generate: `model.generate`, one thread. lockstep: the
 ensemble of GaC and UniTE, one thread a model or both threads one model after the other. genlm: genlm-bytes on one
 expert, one thread or all, after a prompt of at most 24 bytes.
 """
@@ -96,6 +97,11 @@ class Swarm:
             raise ChildError(f"server: {failure.code} {failure.details}")
         return stretch
 
+    async def forwards(self) -> dict[str, float]:
+        """Seconds that each expert has computed so far."""
+        status = await self._stub.GetStatus(swarm_pb2.GetStatusRequest())
+        return {expert.expert: expert.compute_seconds for expert in status.experts}
+
     def record(self) -> None:
         """Forget the steps so far."""
         for child in self.recorders.values():
@@ -119,12 +125,15 @@ async def swarm_turn(
         requests = [plan.request(fields, seed + number) for number in range(texts)]
         if name == ENSEMBLE:
             swarm.record()
+        before = await swarm.forwards()
         stretch = await swarm.write(load, requests)
+        after = await swarm.forwards()
         key = f"{ENSEMBLE if name == ENSEMBLE else f'alone {name}'}, {load}"
         written = sum(sample.length for sample in stretch.samples)
         found.per_byte[key] = stretch.ms_per_byte
         found.wall[key] = 1000 * stretch.seconds / written
         if name == ENSEMBLE:
+            found.wall[f"own forwards, {load}"] = 1000 * max(after[own] - before[own] for own in experts) / written
             found.wall[f"floor, {load}"] = 1000 * await swarm.floor() / written
 
 
@@ -254,6 +263,7 @@ def round_ratios(found: Round, experts: Sequence[str], streams: Sequence[int]) -
         own = f"{ENSEMBLE}, {load}"
         slower = max(per_byte[f"alone {name}, {load}"] for name in experts)
         ratios[f"ensemble / floor, {load}"] = wall[own] / wall[f"floor, {load}"]
+        ratios[f"ensemble / own forwards, {load}"] = wall[own] / wall[f"own forwards, {load}"]
         ratios[f"ensemble / slower expert alone, {load}"] = per_byte[own] / slower
     for name in experts:
         rivals = {

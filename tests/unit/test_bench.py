@@ -162,7 +162,7 @@ def a_round() -> Round:
     found = Round()
     for load in ("1 stream", "8 streams"):
         found.per_byte |= {f"ensemble, {load}": 22.0, f"alone a, {load}": 10.0, f"alone b, {load}": 20.0}
-        found.wall |= {f"ensemble, {load}": 23.0, f"floor, {load}": 20.0}
+        found.wall |= {f"ensemble, {load}": 23.0, f"own forwards, {load}": 21.0, f"floor, {load}": 20.0}
     return found
 
 
@@ -170,6 +170,7 @@ def test_ratios_of_those_that_took_part():
     found = a_round()
     plain = round_ratios(found, ["a", "b"], [1, 8])
     assert plain["ensemble / floor, 8 streams"] == pytest.approx(1.15)
+    assert plain["ensemble / own forwards, 8 streams"] == pytest.approx(23 / 21)
     assert plain["ensemble / slower expert alone, 1 stream"] == pytest.approx(1.1)
     assert not [name for name in plain if "genlm" in name or "lockstep" in name]
     found.per_byte |= {"lockstep, in turn": 44.0, "lockstep, a thread each": 33.0, "genlm b": 400.0, "bytes b": 25.0}
