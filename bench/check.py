@@ -1,7 +1,8 @@
 """The regression guard: ratios of this checkout beside those of bench/baseline.json: `python -m bench check --help`.
 
-Only ratios, of things measured in turns in the same run, so that another machine's speed, or other work on this one,
-changes little. All are better when they are lower. One that is more than 15% above its baseline in the median of the
+Only ratios, of things measured in turns in the same run, so that other work on this machine changes little. Compute
+differs from memory by other factors in other processors: there is a baseline for each set of vector instructions. All
+ratios are better when they are lower. One that is more than 15% above its baseline in the median of the
 rounds is measured again in more rounds, and fails if the median of all of them is above it still.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from token_swarm_server.benchmark.facts import machine_facts
 from token_swarm_server.benchmark.plan import Plan
 from token_swarm_server.benchmark.tables import Table
 
@@ -100,12 +102,12 @@ def table(samples: Mapping[str, list[float]], baseline: Mapping[str, float]) -> 
     return found
 
 
-def read_baseline(path: Path) -> dict[str, float]:
-    """The ratios of the file; empty when there is none yet."""
+def read_baselines(path: Path) -> dict[str, dict[str, float]]:
+    """The file's ratios by the processor's vector instructions; empty when there is none yet."""
     if not path.exists():
         return {}
-    ratios: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["ratios"]
-    return ratios
+    baselines: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    return baselines
 
 
 def main() -> None:
@@ -121,15 +123,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    baseline = {} if options.update else read_baseline(options.baseline)
+    baselines, kind = read_baselines(options.baseline), machine_facts()["vector_instructions"]
+    baseline = {} if options.update else baselines.get(kind, {})
     if not (baseline or options.update):
-        print(f"error: {options.baseline}: there is no baseline; --update makes one", file=sys.stderr)
+        known = f"no baseline for {kind} (there is: {', '.join(baselines) or 'none'})"
+        print(f"error: {options.baseline}: {known}; --update makes one", file=sys.stderr)
         raise SystemExit(2)
     samples = asyncio.run(measure(options, baseline))
     medians = {name: statistics.median(values) for name, values in samples.items()}
     if options.update:
-        document = {"ratios": {name: round(value, 4) for name, value in medians.items()}}
-        options.baseline.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        baselines[kind] = {name: round(value, 4) for name, value in medians.items()}
+        options.baseline.write_text(json.dumps(baselines, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     failed = worse(samples, baseline)
     if options.json:
         figures: dict[str, Any] = {"ratios": samples, "medians": medians, "baseline": baseline, "worse": failed}

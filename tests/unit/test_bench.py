@@ -187,8 +187,20 @@ def test_the_guard_looks_at_medians_and_knows_its_file(tmp_path):
     assert check.worse(samples, {"a": 1.0, "b": 1.0, "gone": 1.0}) == ["b"]
     assert check.worse(samples, {"b": 1.05}) == []
     assert [row[-1] for row in check.table(samples, {"a": 1.0, "b": 1.0}).rows] == ["ok", "WORSE", "new"]
-    assert check.read_baseline(tmp_path / "none.json") == {}
-    assert all(0 < ratio < 10 for ratio in check.read_baseline(check.BASELINE).values())
+    assert check.read_baselines(tmp_path / "none.json") == {}
+    for ratios in check.read_baselines(check.BASELINE).values():
+        assert ratios
+        assert all(0 < ratio < 10 for ratio in ratios.values())
+
+
+def test_the_guard_needs_a_baseline_of_such_a_processor(tmp_path, monkeypatch, capsys):
+    known = tmp_path / "baseline.json"
+    known.write_text(json.dumps({"AVX9000": {"a": 1.0}}))
+    monkeypatch.setattr(sys, "argv", ["check", "--baseline", str(known)])
+    with pytest.raises(SystemExit) as ended:
+        check.main()
+    assert ended.value.code == 2
+    assert "(there is: AVX9000); --update makes one" in capsys.readouterr().err
 
 
 def test_tables_go_between_their_markers(tmp_path):
