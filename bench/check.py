@@ -13,7 +13,8 @@ import asyncio
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from token_swarm_server.benchmark.tables import Table
 from bench.common import DEMO_EXPERTS, print_facts, print_json
 from bench.compare import Round, Swarm, round_ratios, swarm_turn
 from bench.kernels import interleaved
-from token_swarm.kernels import dispatch, eager
+from token_swarm.kernels import STRIDE, dispatch, eager
 from token_swarm.particle import Rule
 
 BASELINE = Path(__file__).parent / "baseline.json"
@@ -70,14 +71,18 @@ def kernel_ratios() -> dict[str, float]:
     weights = torch.full((1, 2), 0.5, dtype=torch.float64)
     mixed = (logits, weights, torch.ones_like(weights), Rule.LOG_LINEAR, torch.ones(_WIDTH, dtype=torch.bool))
     law, order = torch.softmax(logits[0], 1), torch.randperm(_WIDTH, generator=random).to(torch.int32)
-    calls = [
-        lambda: dispatch.mix(*mixed),
-        lambda: eager.mix(*mixed),
-        lambda: dispatch.prefix_mass(law, order),
-        lambda: eager.prefix_mass(law, order),
-    ]
-    mix, mix_eager, prefix, prefix_eager = interleaved(calls, _KERNEL_SECONDS, lambda: None)
-    return {"mix / torch eager": mix / mix_eager, "prefix_mass / torch eager": prefix / prefix_eager}
+    alone = (logits[0], torch.ones(1, dtype=torch.float64), order, _WIDTH)
+    calls: dict[str, Callable[[Any], object]] = {
+        "mix": lambda kernels: kernels.mix(*mixed),
+        # As the byte unit calls them.
+        "prefix_mass": lambda kernels: kernels.prefix_mass(law, order, STRIDE),
+        "softmax_masses": lambda kernels: kernels.softmax_masses(*alone),
+    }
+    ratios = {}
+    for name, call in calls.items():
+        ours, plain = interleaved([partial(call, dispatch), partial(call, eager)], _KERNEL_SECONDS, lambda: None)
+        ratios[f"{name} / torch eager"] = ours / plain
+    return ratios
 
 
 def worse(samples: Mapping[str, list[float]], baseline: Mapping[str, float]) -> list[str]:
