@@ -2,8 +2,8 @@
 
 Only ratios, of things measured in turns in the same run, so that other work on this machine changes little. Compute
 differs from memory by other factors in other processors: there is a baseline for each set of vector instructions. All
-ratios are better when they are lower. One that is more than 15% above its baseline in the median of the
-rounds is measured again in more rounds, and fails if the median of all of them is above it still.
+ratios are better when they are lower. One that is more than 15% above its baseline in the median of the rounds is
+measured again in more rounds, and fails if the median of all of them is above it still.
 """
 
 from __future__ import annotations

@@ -125,14 +125,14 @@ async def swarm_turn(
         requests = [plan.request(fields, seed + number) for number in range(texts)]
         if name == ENSEMBLE:
             swarm.record()
-        before = await swarm.forwards()
+            before = await swarm.forwards()
         stretch = await swarm.write(load, requests)
-        after = await swarm.forwards()
         key = f"{ENSEMBLE if name == ENSEMBLE else f'alone {name}'}, {load}"
         written = sum(sample.length for sample in stretch.samples)
         found.per_byte[key] = stretch.ms_per_byte
         found.wall[key] = 1000 * stretch.seconds / written
         if name == ENSEMBLE:
+            after = await swarm.forwards()
             found.wall[f"own forwards, {load}"] = 1000 * max(after[own] - before[own] for own in experts) / written
             found.wall[f"floor, {load}"] = 1000 * await swarm.floor() / written
 

@@ -10,7 +10,6 @@ import math
 import mmap
 import weakref
 from collections import deque
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,21 +27,20 @@ texts, which are let go of in one step and made again in the next."""
 _kept: dict[int, deque[npt.NDArray[np.uint8]]] = {}
 
 
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """As `torch.empty` on the CPU. May be called from any thread."""
     size = math.prod(shape) * dtype.itemsize
     if not LEAST_BYTES <= size <= MOST_BYTES:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(_lend(size), dtype=dtype).view(shape)
-
-
-def empty_array(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """As `numpy.empty`. Unlike an operation of torch it lets no other thread have the interpreter."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if not LEAST_BYTES <= size <= MOST_BYTES:
-        return np.empty(shape, dtype)
-    # Of an array that it is given numpy would keep the owner alone; of its buffer it keeps the array.
-    return np.frombuffer(_lend(size).data, dtype).reshape(shape)
+    known = _NUMPY.get(dtype)
+    if known is None:
+        return torch.frombuffer(_lend(size), dtype=dtype).view(shape)
+    # Shaped by numpy: every operation of torch lets another thread have the interpreter. Of an array that it is given
+    # numpy would keep the owner alone; of its buffer it keeps the array.
+    return torch.from_numpy(np.frombuffer(_lend(size).data, known).reshape(shape))
 
 
 def _lend(size: int) -> npt.NDArray[np.uint8]:

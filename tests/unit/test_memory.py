@@ -44,25 +44,25 @@ def test_a_view_holds_on_to_it(view) -> None:
     ],
 )
 def test_a_view_of_a_numpy_array_holds_on_to_it(view) -> None:
-    whole = memory.empty_array((2, WIDTH), np.float32)
+    whole = memory.empty((2, WIDTH), torch.float32).numpy()
     whole[:] = 1.0
     address, part = whole.ctypes.data, view(whole)
     del whole
-    other = memory.empty_array((2, WIDTH), np.float32)
+    other = memory.empty((2, WIDTH), torch.float32).numpy()
     assert other.ctypes.data != address
     other[:] = 2.0
     assert (part == 1.0).all()
     del part
-    assert memory.empty_array((2, WIDTH), np.float32).ctypes.data == address
+    assert memory.empty((2, WIDTH), torch.float32).numpy().ctypes.data == address
 
 
 def test_numpy_and_torch_share_what_is_free() -> None:
-    first = memory.empty_array((3, WIDTH), np.float64)
+    first = memory.empty((3, WIDTH), torch.float64).numpy()
     assert (first.shape, first.dtype, first.ctypes.data % 64) == ((3, WIDTH), np.float64, 0)
     address = first.ctypes.data
     del first
     assert memory.empty((3, WIDTH), torch.float64).data_ptr() == address
-    assert memory.empty_array((3, 5), np.float32).shape == (3, 5)
+    assert memory.empty((3, 5), torch.float32).numpy().shape == (3, 5)
 
 
 def test_arrays_that_live_never_share_memory_whatever_thread_asks() -> None:

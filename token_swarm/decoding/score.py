@@ -189,15 +189,12 @@ class Scorer:
     def calls(self) -> Calls:
         """The next piece of every pass that is waited for; empty when the text is scored."""
         calls: Calls = {}
-        self._asked.clear()
-        if self._at == len(self._text):
-            return calls
-        for name in self._missing():
+        for name in self._missing() if self._at < len(self._text) else ():
             op = self._passes[name].next_op()
             if op is None:
                 raise ExpertFault(name, "its tokens end before the text does")
             calls[name] = [op]
-        self._asked.update(calls)
+        self._asked = set(calls)
         return calls
 
     def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -204,8 +203,8 @@ def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor, tokens: 
     table = logits if logits.stride(-1) == 1 else logits.contiguous()
     heat, ids = _as(torch.float64, temperatures), _as(torch.int32, order)
     rows, count = table.shape[0], ids.numel()
-    ordered = torch.from_numpy(memory.empty_array((rows, count), np.float32))
-    sums = torch.from_numpy(memory.empty_array((rows, tokens // STRIDE + 1), np.float64))
+    ordered = memory.empty((rows, count), torch.float32)
+    sums = memory.empty((rows, tokens // STRIDE + 1), torch.float64)
     _call(
         "ts_softmax_masses", rows, count, tokens, table.data_ptr(), _DTYPES[table.dtype], table.stride(0),
         heat.data_ptr(), ids.data_ptr(), ordered.data_ptr(), sums.data_ptr(),

@@ -23,20 +23,12 @@ TS_INLINE QuadDoubles masked(QuadDoubles x, const uint64_t* mask) {
     return x;
 }
 
-TS_INLINE double sum_of(QuadDoubles x) {
-    Pairs low, high;
-    std::memcpy(&low, &x, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
-    low += high;
-    return low[0] + low[1];
-}
-
 // Mass of the sorted tokens [low, high), one by one: for intervals whose difference of sums has lost its digits.
 template <class T>
 inline double sum_interval(const T* masses, int64_t low, int64_t high) {
     QuadDoubles sums = {};
     for (; low + 4 <= high; low += 4) sums += four(masses + low);
-    double sum = sum_of(sums);
+    double sum = total(sums);
     for (; low < high; low++) sum += double(masses[low]);
     return sum;
 }
@@ -51,7 +43,7 @@ TS_INLINE double mass_before(const T* masses, const double* sums, uint64_t token
     if (token >= tokens / STRIDE * STRIDE) return sums[stride] + sum_interval(own, 0, int64_t(place));
     // The whole stride with zeros for what comes after: a loop of unforeseen length costs more.
     const uint64_t* mask = before + STRIDE - place;
-    return sums[stride] + sum_of(masked(four(own), mask) + masked(four(own + 4), mask + 4));
+    return sums[stride] + total(masked(four(own), mask) + masked(four(own + 4), mask + 4));
 }
 
 // Adds `weight` times the masses of `count` intervals that follow upon one another to out[symbols[i]]. low, high: their

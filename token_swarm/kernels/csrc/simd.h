@@ -50,11 +50,13 @@ TS_INLINE float largest(Floats x) {
 
 TS_INLINE float smallest(Floats x) { return -largest(-x); }
 
-TS_INLINE double total(Doubles x) {
-    Pairs parts[DOUBLES / 2];
+template <class V>  // Doubles or QuadDoubles, which are the same where LANES is 8
+TS_INLINE double total(V x) {
+    constexpr int COUNT = sizeof x / sizeof(Pairs);
+    Pairs parts[COUNT];
     std::memcpy(parts, &x, sizeof parts);
     Pairs sum = parts[0];
-    for (int k = 1; k < DOUBLES / 2; k++) sum += parts[k];
+    for (int k = 1; k < COUNT; k++) sum += parts[k];
     return sum[0] + sum[1];
 }
 
