@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from setuptools import Extension, setup
 
-PARTS = ["targets.inc", "simd.h", "mix.h", "sampling.h", "masses.h", "scoring.h", "union.h", "bytes.h", "walk.h"]
+PARTS = ["targets.inc", "simd.h", "mix.h", "sampling.h", "masses.h", "bytes.h"]
+PARTS += ["score_linear.h", "score_log_linear.h", "union.h", "walk.h"]
 SOURCES = "token_swarm/kernels/csrc"
 
 setup(

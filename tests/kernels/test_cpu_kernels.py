@@ -307,6 +307,30 @@ def test_score_log_linear(kernels: ModuleType, symbols: int, experts: int) -> No
     assert torch.allclose(ours, exact, rtol=1e-6, atol=1e-4)
 
 
+@every_implementation
+def test_particles_of_other_experts_and_signs_are_scored_side_by_side(kernels: ModuleType) -> None:
+    """Neighbours that ask the same experts share a pass; what one needs is not done to the other."""
+    laws, targets, offsets = scoring_case(3, 33, 257, seed=3)
+    laws[::5, 1, 7] = -math.inf  # of an expert that some weigh negatively: excluded all the same
+    laws[4, 2] = -400
+    laws[4, 2, 11] = 0  # no two agree: the bounds of the joint law say nothing
+    targets[targets == 7] = 8
+    signs = [[1, 1, 1], [1, 1, -1], [1, -1, 1], [0, 1, 1], [0, 1, 2], [0, 0, 0], [0, 0, 0], [1, 0, 0], [8, 4, 9]]
+    weights = torch.tensor(signs, dtype=torch.float64) * 0.37
+    for count in range(1, len(signs) + 1):
+        arguments = (laws, targets, weights[:count], offsets)
+        ours, exact = kernels.score_log_linear(*arguments), reference.score_log_linear(*arguments)
+        assert torch.allclose(ours, exact, rtol=1e-6, atol=1e-4), (ours - exact).abs().max()
+
+
+@every_implementation
+def test_no_particles_have_no_scores(kernels: ModuleType) -> None:
+    laws, targets, offsets = scoring_case(2, 12, 257, seed=3)
+    weights = torch.zeros(0, 2, dtype=torch.float64)
+    assert kernels.score_log_linear(laws, targets, weights, offsets).shape == (0, 6)
+    assert kernels.score_linear(laws[:, :, 0].T.exp().contiguous(), weights, offsets).shape == (0, 6)
+
+
 @pytest.mark.skipif(native.library() is None, reason="the C++ kernels were not built here")
 def test_every_instruction_set_agrees() -> None:
     """What an older processor runs is the same source; it must give the same results."""

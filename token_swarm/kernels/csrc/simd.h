@@ -68,6 +68,38 @@ TS_INLINE float total(Floats x) {
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+TS_INLINE int64_t total(Ints x) {
+    int64_t sum = 0;
+    for (int k = 0; k < LANES; k++) sum += x[k];
+    return sum;
+}
+
+constexpr auto plus = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+constexpr auto times = [](auto a, auto b) __attribute__((always_inline)) { return a * b; };
+
+// A vector's quarters (or halves) combined: a vector of four.
+template <class Four, class V, class F>
+TS_INLINE Four folded(V x, F with) {
+    Four parts[LANES / 4];
+    std::memcpy(parts, &x, sizeof parts);
+    if (LANES == 8) return with(parts[0], parts[1]);
+    return with(with(parts[0], parts[1]), with(parts[LANES / 4 - 2], parts[LANES / 4 - 1]));
+}
+
+#ifdef __clang__
+#define TS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define TS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, QuadInts{__VA_ARGS__})
+#endif
+
+// The lanes of each of four vectors combined: one vector.
+template <class Four, class F>
+TS_INLINE Four across(const Four* x, F with) {
+    const Four left = with(TS_SHUFFLE(x[0], x[1], 0, 4, 1, 5), TS_SHUFFLE(x[0], x[1], 2, 6, 3, 7));
+    const Four right = with(TS_SHUFFLE(x[2], x[3], 0, 4, 1, 5), TS_SHUFFLE(x[2], x[3], 2, 6, 3, 7));
+    return with(TS_SHUFFLE(left, right, 0, 1, 4, 5), TS_SHUFFLE(left, right, 2, 3, 6, 7));
+}
+
 TS_INLINE Doubles as_doubles(Longs x) { Doubles y; std::memcpy(&y, &x, sizeof y); return y; }
 TS_INLINE Longs as_longs(Doubles x) { Longs y; std::memcpy(&y, &x, sizeof y); return y; }
 TS_INLINE Doubles widened(HalfFloats x) { return __builtin_convertvector(x, Doubles); }
