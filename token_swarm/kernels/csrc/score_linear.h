@@ -50,31 +50,38 @@ constexpr int64_t CHUNK = 512;  // positions whose masses stay in the nearest ca
 // The masses of one chunk, each position's divided by a power of two that brings its largest into [1, 2). Mixtures then
 // stay near 1 and many may be multiplied before the exponent is taken out.
 struct Scaled {
-    alignas(64) float column[MAX_EXPERTS][CHUNK];
-    int64_t full;      // positions, in whole vectors: those that were added have masses of 1
-    int64_t exponent;  // of what they were divided by, over all positions
+    Lines masses;           // [experts, CHUNK]
+    int64_t full = 0;       // positions, in whole vectors: those that were added have masses of 1
+    int64_t exponent = 0;   // of what they were divided by, over all positions
+
+    explicit Scaled(int64_t experts) : masses(experts * CHUNK, 0) {}
+
+    TS_METHOD const float* column(int64_t expert) const { return masses.data() + expert * CHUNK; }
 
     // False when nobody gave a position any mass.
-    bool read(const float* masses, int64_t stride, int64_t experts, int64_t n) {
+    bool read(const float* from, int64_t stride, int64_t experts, int64_t n) {
         Floats least = splat(INF);
         Ints exponents = splat(int32_t(0));
-        auto scale = [&](const float* from, int64_t step, int64_t i) __attribute__((always_inline)) {
-            Floats top = load(from);
-            for (int64_t e = 1; e < experts; e++) top = larger(load(from + e * step), top);
+        auto scale = [&](const float* own, int64_t step, int64_t i) __attribute__((always_inline)) {
+            Floats top = load(own);
+            for (int64_t e = 1; e < experts; e++) top = larger(load(own + e * step), top);
             least = top < least ? top : least;
             // A denormal counts as the least normal number: what is left of it is small, but exact.
             const Ints field = as_ints(larger(top, splat(1.17549435e-38f))) >> 23;
             exponents += field - splat(127);
             const Floats factor = as_floats((splat(254) - field) << 23);
-            for (int64_t e = 0; e < experts; e++) store(column[e] + i, load(from + e * step) * factor);
+            for (int64_t e = 0; e < experts; e++) store(masses.data() + e * CHUNK + i, load(own + e * step) * factor);
         };
         full = 0;
-        for (; full + LANES <= n; full += LANES) scale(masses + full, stride, full);
+        for (; full + LANES <= n; full += LANES) {
+            scale(from + full, stride, full);
+            for (int64_t e = 0; e < experts; e++) __builtin_prefetch(from + e * stride + full + n);  // of the next chunk
+        }
         if (full < n) {
             float rest[MAX_EXPERTS * LANES];
             std::fill(rest, rest + experts * LANES, 1.0f);
             for (int64_t e = 0; e < experts; e++)
-                std::copy(masses + e * stride + full, masses + e * stride + n, rest + e * LANES);
+                std::copy(from + e * stride + full, from + e * stride + n, rest + e * LANES);
             scale(rest, LANES, full);
             full += LANES;
         }
@@ -110,7 +117,7 @@ struct Relative {
     template <int EXPERTS, int AT_ONCE>
     TS_METHOD Product product(const Scaled& scaled, int64_t experts, Floats& least) const {
         const float* columns[EXPERTS ? EXPERTS : MAX_EXPERTS];
-        for (int64_t e = 0; e < (EXPERTS ? EXPERTS : experts); e++) columns[e] = scaled.column[expert[e]];
+        for (int64_t e = 0; e < (EXPERTS ? EXPERTS : experts); e++) columns[e] = scaled.column(expert[e]);
         Product product = {splat(1.0f), splat(int32_t(0))};
         auto include = [&](Floats x) __attribute__((always_inline)) {
             least = x < least ? x : least;
@@ -157,7 +164,7 @@ inline void score_linear(int64_t experts, int64_t particles, int64_t items, cons
                          const double* weights, const int64_t* offsets, double* out) {
     static_assert(DOUBLES % 4 == 0);
     constexpr float SAFE = 7.5e-37f;  // 2^-120: a product above it has all its digits
-    static thread_local Scaled scaled;
+    Scaled scaled(experts);
     const int64_t room = (particles + DOUBLES - 1) / DOUBLES * DOUBLES;  // whole vectors of particles
     std::vector<Relative> relative;
     Products products(room);

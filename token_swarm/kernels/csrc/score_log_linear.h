@@ -22,23 +22,18 @@ struct Powers {
 // The laws of one position, whole vectors each: what is added has probability 0.
 struct Laws {
     int64_t symbols, width;
-    std::vector<float> room;
-    float* first;  // [experts, width], at the start of a cache line
+    Lines laws;  // [experts, width]
     std::vector<float> high, low;  // an expert's largest and least log-probability, at least LEAST
 
     static constexpr float LEAST = -3e38f;  // finite: a weight of 0 times it is 0
 
     Laws(int64_t experts, int64_t symbols)
-        : symbols(symbols), width((symbols + LANES - 1) / LANES * LANES), room(experts * width + LANES, -INF),
-          high(experts), low(experts) {
-        void* at = room.data();
-        size_t space = room.size() * sizeof(float);
-        first = static_cast<float*>(std::align(LANES * sizeof(float), experts * width * sizeof(float), at, space));
-    }
+        : symbols(symbols), width((symbols + LANES - 1) / LANES * LANES), laws(experts * width, -INF),
+          high(experts), low(experts) {}
 
     void read(const float* from, int64_t experts) {
         for (int64_t e = 0; e < experts; e++, from += symbols) {
-            float* to = first + e * width;
+            float* to = laws.data() + e * width;
             Floats most = splat(-INF), least = splat(INF);
             int64_t i = 0;
             for (; i + LANES <= symbols; i += LANES) {
@@ -72,7 +67,7 @@ struct Joint {
     const float* scale[PARTICLES];
 
     TS_METHOD Joint(const Powers* own, const Laws& laws) : count(EXPERTS ? EXPERTS : own->count) {
-        for (int k = 0; k < count; k++) law[k] = laws.first + own->expert[k] * laws.width;
+        for (int k = 0; k < count; k++) law[k] = laws.laws.data() + own->expert[k] * laws.width;
         for (int p = 0; p < PARTICLES; p++) scale[p] = own[p].scale;
     }
 

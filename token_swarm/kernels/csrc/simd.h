@@ -5,7 +5,11 @@
 #define TS_METHOD inline __attribute__((always_inline))
 
 // TS_LANES: as wide as the target's registers, 8, or 16 with AVX-512. TS_STEPS: the floats that one instruction looks up
-// in a register, 1 where there is none that does.
+// in a register, 1 where there is none that does or, as in Clang, no portable name for it.
+#ifdef __clang__
+#undef TS_STEPS
+#define TS_STEPS 1
+#endif
 constexpr int LANES = TS_LANES;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
@@ -32,6 +36,23 @@ TS_INLINE Floats load(const float* p) { Floats x; std::memcpy(&x, p, sizeof x); 
 TS_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 TS_INLINE Doubles load(const double* p) { Doubles x; std::memcpy(&x, p, sizeof x); return x; }
 TS_INLINE void store(double* p, Doubles x) { std::memcpy(p, &x, sizeof x); }
+// Floats from the start of a line of the cache on: no vector of them lies in two.
+class Lines {
+public:
+    Lines(int64_t size, float value) : room(size_t(size + LANES), value) {
+        void* at = room.data();
+        size_t space = room.size() * sizeof(float);
+        first = static_cast<float*>(std::align(sizeof(Floats), size_t(size) * sizeof(float), at, space));
+    }
+    Lines(const Lines&) = delete;
+    TS_METHOD float* data() { return first; }
+    TS_METHOD const float* data() const { return first; }
+
+private:
+    std::vector<float> room;
+    float* first;
+};
+
 TS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 TS_INLINE HalfFloats half(Floats x, int which) {
     HalfFloats parts[2];
