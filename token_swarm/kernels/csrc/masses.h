@@ -53,7 +53,13 @@ inline void add_masses(const T* masses, const double* sums, int64_t tokens, int6
                        const int32_t* high, const uint8_t* symbols, double exact_below, double weight, double* out) {
     if (count == 0) return;
     double below = mass_before(masses, sums, uint64_t(tokens), uint64_t(low[0]));
+    constexpr int64_t AHEAD = 8;  // children whose sums and masses are asked for: they lie all over the table
     for (int64_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) {
+            const uint64_t later = uint32_t(high[i + AHEAD]) / STRIDE;
+            __builtin_prefetch(sums + later);
+            __builtin_prefetch(masses + later * STRIDE);
+        }
         const double above = mass_before(masses, sums, uint64_t(tokens), uint64_t(uint32_t(high[i])));
         const double mass = above - below;
         out[symbols[i]] += weight * (mass >= exact_below ? mass : sum_interval(masses, low[i], high[i]));

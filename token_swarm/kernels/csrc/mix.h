@@ -77,6 +77,10 @@ TS_INLINE Block powers(const Exponent& x, int64_t low, int64_t high, float offse
     Floats top = splat(-INF), even = splat(0.0f), uneven = splat(0.0f);
     int64_t i = low;
     for (; i + 2 * LANES <= high; i += 2 * LANES) {
+        for (int e = 0; e < EXPERTS; e++) {
+            const auto* own = static_cast<const typename T::Element*>(x.row[e]) + i;
+            fetch_ahead(own, 2 * LANES * sizeof *own);
+        }
         Floats x0 = exponent_at<T, EXPERTS>(x, i, offset), x1 = exponent_at<T, EXPERTS>(x, i + LANES, offset);
         top = larger(x0, top);
         top = larger(x1, top);
@@ -200,8 +204,13 @@ TS_INLINE void combine(const float* more, int64_t width, int count, const float*
     const int experts = EXPERTS ? EXPERTS : count;
     int64_t i = low;
     for (; i + LANES <= high; i += LANES) {
+        fetch_ahead(out + i, sizeof(Floats));
         Floats p = load(out + i) * splat(scale[0]);
-        for (int e = 1; e < experts; e++) p += load(more + (e - 1) * width + i) * splat(scale[e]);
+        for (int e = 1; e < experts; e++) {
+            const float* own = more + (e - 1) * width + i;
+            fetch_ahead(own, sizeof(Floats));
+            p += load(own) * splat(scale[e]);
+        }
         store(out + i, p);
     }
     for (; i < high; i++) {

@@ -172,22 +172,24 @@ public:
 
     const double* law() {
         if (!has_law) {
-            std::fill(cached, cached + ROOM, 0.0);
             double fresh = 0;
+            for (auto& head : heads)
+                if (is_fresh(head)) {
+                    head.boundary = boundary_sum(head);
+                    fresh += head.weight / head.boundary;
+                }
+            TS_PICK(set_law)(cached, fresh, boundary);
             for (auto& head : heads) {
                 if (head.law >= 0 && head.node == ROOT) {
                     TS_PICK(add_law)(cached, head.weight, first(head.law));
                 } else if (head.law >= 0) {
                     add_next(laws[head.law].own, head.node, head.weight, cached);
-                } else if (has_boundary && head.start == int64_t(text.size())) {
-                    head.boundary = boundary_sum(head);
-                    const double weight = head.weight / head.boundary;
-                    fresh += weight;
+                } else if (is_fresh(head)) {
+                    const double less = head.weight / head.boundary * (1 - spec.split_discount);
                     for (int32_t to = spec.first_child[head.node]; to < spec.first_child[head.node + 1]; to++)
-                        cached[spec.byte[to]] -= weight * (1 - spec.split_discount) * boundary[spec.byte[to]];
+                        cached[spec.byte[to]] -= less * boundary[spec.byte[to]];
                 }
             }
-            if (fresh > 0) TS_PICK(add_law)(cached, fresh, boundary);
             TS_PICK(scale_law)(cached);
             has_law = true;
         }
@@ -205,7 +207,7 @@ public:
             const double likely = std::max(law()[byte], spec.boundary_floor);
             for (auto& head : heads) {
                 if (head.law >= 0) continue;
-                if (head.start == int64_t(text.size())) {
+                if (is_fresh(head)) {
                     const double split = child(head.node, byte) < 0 ? 1 : spec.split_discount;
                     head.weight *= split * boundary[byte] / head.boundary;
                 } else {
@@ -340,12 +342,18 @@ private:
         return own.first.data();
     }
 
-    // What the boundary law adds up to for a fresh cold head: bytes that go on in a longer token count less.
+    // A cold head whose next byte is its first: the boundary law tells about it.
+    bool is_fresh(const Head& head) const { return head.law < 0 && has_boundary && head.start == int64_t(text.size()); }
+
+    // What the boundary law adds up to for a fresh head: bytes that go on in a longer token count less.
     double boundary_sum(const Head& head) const {
-        double longer = 0;
-        for (int32_t to = spec.first_child[head.node]; to < spec.first_child[head.node + 1]; to++)
-            longer += boundary[spec.byte[to]];
-        return 1 - (1 - spec.split_discount) * longer;
+        double longer[4] = {};  // one would wait for every addition
+        int32_t to = spec.first_child[head.node];
+        const int32_t end = spec.first_child[head.node + 1];
+        for (; to + 4 <= end; to += 4)
+            for (int k = 0; k < 4; k++) longer[k] += boundary[spec.byte[to + k]];
+        for (; to < end; to++) longer[0] += boundary[spec.byte[to]];
+        return 1 - (1 - spec.split_discount) * ((longer[0] + longer[1]) + (longer[2] + longer[3]));
     }
 
     // Moves head i one byte down; its offspring go to the end. False when nothing longer is left to wait for.
