@@ -201,8 +201,8 @@ class ByteWalk:
         self.handle = self._library.ts_sequence_new(len(groups), specs, log_linear)
         self._view = _WalkView()
         self.view_address = ctypes.addressof(self._view)
-        self._shares = np.empty(self.experts)
-        self._view.shares = _address(self._shares)
+        self._shares = (_F64 * self.experts)()
+        self._view.shares = ctypes.addressof(self._shares)
         self._room = 0
 
     def __del__(self) -> None:
@@ -277,13 +277,12 @@ class ByteWalk:
     ) -> None:
         view = self._view
         if max_bytes > self._room:
-            # Kept from walk to walk: a walk is a few bytes long, and making arrays would cost more than it does.
+            # Kept from walk to walk: a walk is a few bytes long, and making arrays would cost more than it does. Of
+            # these a slice is a Python object at once, without an array in between.
             self._room = max_bytes
-            data = bytearray(max_bytes)
-            self._bytes = memoryview(data)
-            self._log_probs = np.empty(max_bytes + 1)
-            view.bytes = ctypes.addressof((ctypes.c_char * max_bytes).from_buffer(data))
-            view.log_probs = self._log_probs.ctypes.data
+            self._bytes = (ctypes.c_char * max_bytes)()
+            self._log_probs = (_F64 * (max_bytes + 1))()
+            view.bytes, view.log_probs = ctypes.addressof(self._bytes), ctypes.addressof(self._log_probs)
         if uniforms is None:
             view.uniforms = None
         else:
@@ -293,9 +292,9 @@ class ByteWalk:
     def _stretch(self) -> Stretch:
         view = self._view
         return Stretch(
-            bytes(self._bytes[: view.count]),
-            self._log_probs[: view.symbols].tolist(),
-            self._shares.tolist(),
+            self._bytes[: view.count],
+            self._log_probs[: view.symbols],
+            self._shares[:],
             view.certificate,
             _STATUSES[view.status],
             view.symbol,
