@@ -292,7 +292,7 @@ class ByteWalk:
     def _stretch(self) -> Stretch:
         view = self._view
         return Stretch(
-            self._bytes[: view.count],
+            self._bytes[: view.count],  # type: ignore[arg-type]  # a slice of c_char is bytes, unknown to the stubs
             self._log_probs[: view.symbols],
             self._shares[:],
             view.certificate,
