@@ -93,38 +93,20 @@ template <class T>
 TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs& runs, std::vector<float>& offsets,
                               float* out, Normaliser& n) {
     const auto* row = static_cast<const typename T::Element*>(one.row);
-    const int64_t count = runs.back().second;
+    // The order jumps about in the row: it is fetched from first to last beforehand.
+    for (int64_t i = 0; i < runs.back().second; i += 64 / int64_t(sizeof *row)) __builtin_prefetch(row + i);
     typename T::Element picked[BLOCK];
     Exponent x;
     x.row[0] = picked;
-    n.pivot = -INF;
-    for (int64_t i = 0; i < std::min<int64_t>(runs[0].second, 128); i++) {
-        const float v = T::one(row, order[i]);
-        if (v > n.pivot && v < INF) n.pivot = v;
-    }
-    x.pivot[0] = n.pivot = n.pivot > -INF ? n.pivot : 0;
+    auto logit = [&](int64_t i) { return T::one(row, order[i]); };
+    x.pivot[0] = n.pivot = pivot_of(runs[0], logit);
     x.scale[0] = n.scale = float(1.4426950408889634 / one.temperature);
     auto block = [&](std::pair<int64_t, int64_t> run, float offset) __attribute__((always_inline)) {
         const auto [low, high] = run;
-        const int32_t* ids = order + low;
-        // The order jumps about in a table larger than the nearest caches.
-        const int64_t ahead = std::min(high - low, count - 48 - low);
-        int64_t i = 0;
-        for (; i < ahead; i++) {
-            __builtin_prefetch(row + ids[i + 48]);
-            picked[i] = row[ids[i]];
-        }
-        for (; i < high - low; i++) picked[i] = row[ids[i]];
+        for (int64_t i = low; i < high; i++) picked[i - low] = row[order[i]];
         return powers<T, 1, true>(x, 0, high - low, offset, out + low);
     };
-    auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) {
-        for (int64_t i = run.first; i < run.second; i++) {
-            const float v = T::one(row, order[i]);
-            if (v != v || v == INF) return false;
-        }
-        done.odd = false;
-        return true;
-    };
+    auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) { return is_sound(run, logit, done); };
     return accumulate(runs, offsets, block, repair, n.offset, n.sum);
 }
 

@@ -105,14 +105,26 @@ TS_INLINE Block powers(const Exponent& x, int64_t low, int64_t high, float offse
     return {largest(top) + offset, sum != sum, sum};
 }
 
-// A pivot near the largest logit: the largest of the first few. Never mind what comes later.
-TS_INLINE float pivot_of(const Asked& one, const Runs& runs) {
+// A pivot near the largest logit: the largest of a run's first few. Never mind what comes later.
+template <class F>
+TS_INLINE float pivot_of(std::pair<int64_t, int64_t> run, F logit) {
     float top = -INF;
-    for (int64_t i = runs[0].first; i < std::min(runs[0].first + 128, runs[0].second); i++) {
-        float x = element(one.dtype, one.row, i);
+    for (int64_t i = run.first; i < std::min(run.first + 128, run.second); i++) {
+        const float x = logit(i);
         if (x > top && x < INF) top = x;
     }
     return top > -INF ? top : 0;
+}
+
+// Whether a block that looks odd is not: an exponent far above the offset may look like NaN or plus infinity.
+template <class F>
+TS_INLINE bool is_sound(std::pair<int64_t, int64_t> run, F logit, Block& done) {
+    for (int64_t i = run.first; i < run.second; i++) {
+        const float x = logit(i);
+        if (x != x || x == INF) return false;
+    }
+    done.odd = false;
+    return true;
 }
 
 // Exponents may rise this far above the offset before float32 overflows, and the largest may stay this far below it
@@ -174,20 +186,13 @@ template <class T, bool STORE>
 TS_INLINE bool normalise(const Asked& one, const Runs& runs, std::vector<float>& offsets, float* out, Normaliser& n) {
     Exponent x;
     x.row[0] = one.row;
-    n.pivot = x.pivot[0] = pivot_of(one, runs);
+    auto logit = [&](int64_t i) { return T::one(one.row, i); };
+    n.pivot = x.pivot[0] = pivot_of(runs[0], logit);
     n.scale = x.scale[0] = float(1.4426950408889634 / one.temperature);
     auto block = [&](std::pair<int64_t, int64_t> run, float offset) __attribute__((always_inline)) {
         return powers<T, 1, STORE>(x, run.first, run.second, offset, out);
     };
-    // An exponent far above the offset may look like one.
-    auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) {
-        for (int64_t i = run.first; i < run.second; i++) {
-            float v = T::one(one.row, i);
-            if (v != v || v == INF) return false;
-        }
-        done.odd = false;
-        return true;
-    };
+    auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) { return is_sound(run, logit, done); };
     return accumulate(runs, offsets, block, repair, n.offset, n.sum);
 }
 
@@ -335,7 +340,7 @@ TS_INLINE bool log_linear_row(const Asked* asked, int count, const Runs& runs, s
     for (int e = 0; e < count; e++) {
         x.row[e] = asked[e].row;
         x.scale[e] = float(asked[e].weight / asked[e].temperature * 1.4426950408889634);
-        x.pivot[e] = pivot_of(asked[e], runs);
+        x.pivot[e] = pivot_of(runs[0], [&](int64_t i) { return element(asked[e].dtype, asked[e].row, i); });
         alike &= asked[e].dtype == asked[0].dtype;
     }
     float offset;
