@@ -103,6 +103,25 @@ def test_both_write_the_same_text(
     assert_alike(ours.finish, python.finish)
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 30.0])
+@pytest.mark.parametrize("rule", Rule)
+@pytest.mark.parametrize("level", ["baseline", "AVX2", "AVX-512"])
+def test_every_instruction_set_walks_alike(level: str, rule: Rule, sharpness: float) -> None:
+    """Logarithms and powers are computed in another way for AVX-512; with sharp laws they are of tiny numbers."""
+    local = LocalEnsemble(toys([VOCABULARIES["nested"], VOCABULARIES["long"]], sharpness=sharpness))
+    mixture = Mixture({"e0": 0.7, "e1": 0.6}, rule)
+    request = DecodeRequest(shaping=Shaping(), seed=5, max_bytes=40)
+    python = decode(local, mixture, request, ByteUnit, b"abcbacabbc" * 4)
+    try:
+        native.instruction_set(at_most=level)
+        ours = decode(local, mixture, request, NativeByteUnit, b"abcbacabbc" * 4)
+    finally:
+        native.instruction_set(at_most="AVX-512")
+    assert ours.text == python.text
+    np.testing.assert_allclose(ours.log_probs, python.log_probs, rtol=1e-9, atol=1e-12)
+    assert_alike(ours.finish, python.finish)
+
+
 @pytest.mark.parametrize("rule", Rule)
 def test_members_of_a_group_share_alike(rule: Rule) -> None:
     """Two experts of one vocabulary beside one of another: each expert's share of each symbol."""
