@@ -315,7 +315,19 @@ def test_particles_of_other_experts_and_signs_are_scored_side_by_side(kernels: M
     laws[4, 2] = -400
     laws[4, 2, 11] = 0  # no two agree: the bounds of the joint law say nothing
     targets[targets == 7] = 8
-    signs = [[1, 1, 1], [1, 1, -1], [1, -1, 1], [0, 1, 1], [0, 1, 2], [0, 0, 0], [0, 0, 0], [1, 0, 0], [8, 4, 9]]
+    signs = [
+        [1, 1, 1],
+        [1, 1, -1],
+        [1, -1, 1],
+        [-2, 3, 1],
+        [-1, -1, -1],
+        [0, 1, 1],
+        [0, 1, 2],
+        [0, 0, 0],
+        [0, 0, 0],
+        [1, 0, 0],
+        [8, 4, 9],
+    ]
     weights = torch.tensor(signs, dtype=torch.float64) * 0.37
     for count in range(1, len(signs) + 1):
         arguments = (laws, targets, weights[:count], offsets)

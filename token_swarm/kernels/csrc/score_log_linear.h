@@ -5,17 +5,19 @@ struct Powers {
     int64_t expert[MAX_EXPERTS];  // those that are asked
     float scale[MAX_EXPERTS];     // the weight times log2(e)
     int count = 0;
+    bool negative = false;
 
     Powers(const double* weights, int64_t experts) {
         for (int64_t e = 0; e < experts; e++) {
             if (weights[e] == 0) continue;
             expert[count] = e;
             scale[count++] = float(weights[e] * M_LOG2E);
+            negative |= weights[e] < 0;
         }
     }
 
-    bool reads_as(const Powers& other) const {
-        return count == other.count && std::equal(expert, expert + count, other.expert);
+    bool works_as(const Powers& other) const {
+        return negative == other.negative && count == other.count && std::equal(expert, expert + count, other.expert);
     }
 };
 
@@ -55,8 +57,8 @@ struct Laws {
     }
 };
 
-// What a joint law needs: of RANGED ones it is known that all exponents are in the range of powers; in SIGNED ones an
-// expert of negative weight may exclude symbols.
+// What a joint law needs: of RANGED ones it is known that all exponents are in the range of powers; SIGNED ones may have
+// negative weights.
 enum Kind { RANGED, PLAIN, SIGNED };
 
 // The joint laws of one particle or two that read the same experts. EXPERTS 0: any number.
@@ -102,45 +104,22 @@ struct Joint {
         for (int p = 0; p < PARTICLES; p++) out[p] = sums[p];
     }
 
-    TS_METHOD float largest_exponent(int64_t width) const {
-        Floats top = splat(-INF);
+    // The same for any laws, and the largest exponents, which they are relative to.
+    TS_METHOD void sum_signed(int64_t width, float* offsets, Floats* out) const {
+        Floats top[PARTICLES];
+        for (int p = 0; p < PARTICLES; p++) top[p] = splat(-INF);
         for (int64_t i = 0; i < width; i += LANES) {
-            Floats x = splat(0.0f);
-            for (int k = 0; k < count; k++) x += term<SIGNED>(0, k, load(law[k] + i));
-            top = larger(x, top);
+            Floats x[PARTICLES] = {};
+            for (int k = 0; k < count; k++) {
+                const Floats l = load(law[k] + i);
+                for (int p = 0; p < PARTICLES; p++) x[p] += term<SIGNED>(p, k, l);
+            }
+            for (int p = 0; p < PARTICLES; p++) top[p] = larger(x[p], top[p]);
         }
-        return largest(top);
+        for (int p = 0; p < PARTICLES; p++) offsets[p] = largest(top[p]);
+        sum_powers<SIGNED>(width, offsets, out);
     }
 };
-
-template <int EXPERTS, int PARTICLES>
-TS_INLINE void sum_powers(const Powers* own, const Laws& laws, bool ranged, const float* offsets, Floats* sums) {
-    const Joint<EXPERTS, PARTICLES> joint(own, laws);
-    if (ranged) joint.template sum_powers<RANGED>(laws.width, offsets, sums);
-    else joint.template sum_powers<PLAIN>(laws.width, offsets, sums);
-}
-
-template <int PARTICLES>
-TS_INLINE void sum_powers_any(const Powers* own, const Laws& laws, bool ranged, const float* offsets, Floats* sums) {
-    switch (own->count) {
-        case 1: return sum_powers<1, PARTICLES>(own, laws, ranged, offsets, sums);
-        case 2: return sum_powers<2, PARTICLES>(own, laws, ranged, offsets, sums);
-        case 3: return sum_powers<3, PARTICLES>(own, laws, ranged, offsets, sums);
-        case 4: return sum_powers<4, PARTICLES>(own, laws, ranged, offsets, sums);
-        case 5: return sum_powers<5, PARTICLES>(own, laws, ranged, offsets, sums);
-        case 6: return sum_powers<6, PARTICLES>(own, laws, ranged, offsets, sums);
-        default: return sum_powers<0, PARTICLES>(own, laws, ranged, offsets, sums);
-    }
-}
-
-// The sum for any laws, and the largest exponent, which it is relative to.
-TS_INLINE float exact_sum(const Powers& own, const Laws& laws, float& offset) {
-    const Joint<0, 1> joint(&own, laws);
-    Floats sum;
-    offset = joint.largest_exponent(laws.width);
-    joint.sum_powers<SIGNED>(laws.width, &offset, &sum);
-    return total(sum);
-}
 
 // Bounds of all particles' exponents at one position, from their experts' own: that saves a pass over each joint law to
 // find its largest.
@@ -171,8 +150,37 @@ struct Bounds {
         }
     }
 
-    bool ranged(int64_t p) const { return low[p] - high[p] > -126.0f; }
+    template <int PARTICLES>
+    TS_METHOD bool ranged(int64_t p) const {
+        bool all = true;
+        for (int64_t k = p; k < p + PARTICLES; k++) all &= low[k] - high[k] > -126.0f;
+        return all;
+    }
 };
+
+// The sums of particle p, or of it and the next one, relative to bounds.high. Of negative weights the bound would be far
+// off: it is lowered.
+template <int EXPERTS, int PARTICLES>
+TS_INLINE void sum_powers(const Powers* own, const Laws& laws, Bounds& bounds, int64_t p, Floats* sums) {
+    const Joint<EXPERTS, PARTICLES> joint(own + p, laws);
+    float* offsets = &bounds.high[p];
+    if (own[p].negative) joint.sum_signed(laws.width, offsets, sums);
+    else if (bounds.ranged<PARTICLES>(p)) joint.template sum_powers<RANGED>(laws.width, offsets, sums);
+    else joint.template sum_powers<PLAIN>(laws.width, offsets, sums);
+}
+
+template <int PARTICLES>
+TS_INLINE void sum_powers_any(const Powers* own, const Laws& laws, Bounds& bounds, int64_t p, Floats* sums) {
+    switch (own[p].count) {
+        case 1: return sum_powers<1, PARTICLES>(own, laws, bounds, p, sums);
+        case 2: return sum_powers<2, PARTICLES>(own, laws, bounds, p, sums);
+        case 3: return sum_powers<3, PARTICLES>(own, laws, bounds, p, sums);
+        case 4: return sum_powers<4, PARTICLES>(own, laws, bounds, p, sums);
+        case 5: return sum_powers<5, PARTICLES>(own, laws, bounds, p, sums);
+        case 6: return sum_powers<6, PARTICLES>(own, laws, bounds, p, sums);
+        default: return sum_powers<0, PARTICLES>(own, laws, bounds, p, sums);
+    }
+}
 
 // The joint laws' sums of powers at one position, relative to bounds.high, which is lowered where it has to be. sums:
 // [room]. `next`: what the next position reads, fetched on the way.
@@ -185,16 +193,13 @@ TS_INLINE void normalise(const std::vector<Powers>& powers, const Laws& laws, Bo
         next += fetched;
         Floats lanes[4] = {};
         for (int k = 0; k < 4 && p + k < particles; k++) {
-            const Powers* asked = &powers[p + k];
-            const float* offset = &bounds.high[p + k];
-            const bool ranged = bounds.ranged(p + k);
-            if (asked->count == 0) {
+            if (powers[p + k].count == 0) {
                 lanes[k] = splat(float(laws.symbols) / LANES);
-            } else if (k < 3 && p + k + 1 < particles && asked[0].reads_as(asked[1])) {
-                sum_powers_any<2>(asked, laws, ranged && bounds.ranged(p + k + 1), offset, &lanes[k]);
+            } else if (k < 3 && p + k + 1 < particles && powers[p + k].works_as(powers[p + k + 1])) {
+                sum_powers_any<2>(powers.data(), laws, bounds, p + k, &lanes[k]);
                 k++;
             } else {
-                sum_powers_any<1>(asked, laws, ranged, offset, &lanes[k]);
+                sum_powers_any<1>(powers.data(), laws, bounds, p + k, &lanes[k]);
             }
         }
         Quads four[4];
@@ -204,8 +209,10 @@ TS_INLINE void normalise(const std::vector<Powers>& powers, const Laws& laws, Bo
     }
     for (int64_t p = 0; p < particles; p++) {
         if (sums[p] >= SAFE) continue;
-        // Experts disagree so much that the bound is far off, or one of negative weight excludes a symbol.
-        sums[p] = exact_sum(powers[p], laws, bounds.high[p]);
+        // Experts disagree so much that the bound is far off.
+        Floats sum;
+        Joint<0, 1>(&powers[p], laws).sum_signed(laws.width, &bounds.high[p], &sum);
+        sums[p] = total(sum);
         if (sums[p] >= SAFE) continue;
         bounds.high[p] = NAN_F;  // nothing is possible
         sums[p] = 1;
