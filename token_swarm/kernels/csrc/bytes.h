@@ -58,16 +58,6 @@ TS_INLINE Doubles log2_of(Doubles x) {
 }
 #endif
 
-inline void log2_all(const double* in, double* out, int64_t n) {
-    for (int64_t i = 0; i < n; i += DOUBLES) {
-        const size_t size = sizeof(double) * size_t(std::min<int64_t>(DOUBLES, n - i));
-        Doubles x = Doubles{} + 1.0;
-        std::memcpy(&x, in + i, size);
-        x = log2_of(x);
-        std::memcpy(out + i, &x, size);
-    }
-}
-
 // 2^x for x <= 1023; 0 below -1000.
 #if TS_STEPS == 16
 TS_INLINE Doubles exp2_of(Doubles x) {

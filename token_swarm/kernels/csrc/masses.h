@@ -94,7 +94,7 @@ TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs
                               float* out, Normaliser& n) {
     const auto* row = static_cast<const typename T::Element*>(one.row);
     // The order jumps about in the row: it is fetched from first to last beforehand.
-    for (int64_t i = 0; i < runs.back().second; i += 64 / int64_t(sizeof *row)) __builtin_prefetch(row + i);
+    fetch(row, runs.back().second * int64_t(sizeof *row));
     typename T::Element picked[BLOCK];
     Exponent x;
     x.row[0] = picked;

@@ -81,16 +81,22 @@ struct Joint {
         return splat(scale[p][k]) * l;
     }
 
+    // Adds the exponents of symbols i and on to x.
+    template <Kind KIND>
+    TS_METHOD void add_exponents(int64_t i, Floats* x) const {
+        for (int k = 0; k < count; k++) {
+            const Floats l = load(law[k] + i);
+            for (int p = 0; p < PARTICLES; p++) x[p] += term<KIND>(p, k, l);
+        }
+    }
+
     // Adds 2^(exponent - offset) of symbols i and on. Less the offset from the start, so that the sum of the exponent is
     // rounded where it is small.
     template <Kind KIND>
     TS_METHOD void add_powers(int64_t i, const float* offsets, Floats* sums) const {
         Floats x[PARTICLES];
         for (int p = 0; p < PARTICLES; p++) x[p] = splat(-offsets[p]);
-        for (int k = 0; k < count; k++) {
-            const Floats l = load(law[k] + i);
-            for (int p = 0; p < PARTICLES; p++) x[p] += term<KIND>(p, k, l);
-        }
+        add_exponents<KIND>(i, x);
         for (int p = 0; p < PARTICLES; p++) sums[p] += KIND == RANGED ? power_within(x[p]) : power_of_two(x[p]);
     }
 
@@ -110,10 +116,7 @@ struct Joint {
         for (int p = 0; p < PARTICLES; p++) top[p] = splat(-INF);
         for (int64_t i = 0; i < width; i += LANES) {
             Floats x[PARTICLES] = {};
-            for (int k = 0; k < count; k++) {
-                const Floats l = load(law[k] + i);
-                for (int p = 0; p < PARTICLES; p++) x[p] += term<SIGNED>(p, k, l);
-            }
+            add_exponents<SIGNED>(i, x);
             for (int p = 0; p < PARTICLES; p++) top[p] = larger(x[p], top[p]);
         }
         for (int p = 0; p < PARTICLES; p++) offsets[p] = largest(top[p]);
@@ -189,7 +192,7 @@ TS_INLINE void normalise(const std::vector<Powers>& powers, const Laws& laws, Bo
     constexpr float SAFE = 1e-24f;  // 2^-80: the largest term is not among those that lost digits
     const int64_t particles = int64_t(powers.size());
     for (int64_t p = 0; p < particles; p += 4) {
-        for (int64_t at = 0; at < fetched; at += 64) __builtin_prefetch(next + at);
+        fetch(next, fetched);
         next += fetched;
         Floats lanes[4] = {};
         for (int k = 0; k < 4 && p + k < particles; k++) {

@@ -36,6 +36,7 @@ TS_INLINE Floats load(const float* p) { Floats x; std::memcpy(&x, p, sizeof x); 
 TS_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 TS_INLINE Doubles load(const double* p) { Doubles x; std::memcpy(&x, p, sizeof x); return x; }
 TS_INLINE void store(double* p, Doubles x) { std::memcpy(p, &x, sizeof x); }
+
 // Floats from the start of a line of the cache on: no vector of them lies in two.
 class Lines {
 public:
@@ -60,10 +61,13 @@ TS_INLINE HalfFloats half(Floats x, int which) {
     return parts[which];
 }
 
-// Asks for the `bytes` that lie a page ahead: the processor by itself asks only within a page.
-TS_INLINE void fetch_ahead(const void* from, int bytes) {
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + 4096 + at);
+// Asks for memory that is needed soon.
+TS_INLINE void fetch(const void* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
+
+// Asks for what lies a page ahead: the processor by itself asks only within a page.
+TS_INLINE void fetch_ahead(const void* from, int64_t bytes) { fetch(static_cast<const char*>(from) + 4096, bytes); }
 
 TS_INLINE float largest(Floats x) {
     Quads parts[LANES / 4];
