@@ -103,7 +103,14 @@ TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs
     x.scale[0] = n.scale = float(1.4426950408889634 / one.temperature);
     auto block = [&](std::pair<int64_t, int64_t> run, float offset) __attribute__((always_inline)) {
         const auto [low, high] = run;
-        for (int64_t i = low; i < high; i++) picked[i - low] = row[order[i]];
+        const int32_t* ids = order + low;
+        const int64_t ahead = std::min(high - low, runs.back().second - 48 - low);
+        int64_t i = 0;
+        for (; i < ahead; i++) {
+            __builtin_prefetch(row + ids[i + 48]);
+            picked[i] = row[ids[i]];
+        }
+        for (; i < high - low; i++) picked[i] = row[ids[i]];
         return powers<T, 1, true>(x, 0, high - low, offset, out + low);
     };
     auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) { return is_sound(run, logit, done); };
