@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 _MAGIC = b"TSV1"
 
@@ -55,6 +56,22 @@ class Vocabulary:
         mask[list(self.eos_ids)] = True
         mask.setflags(write=False)
         return mask
+
+    def in_byte_order(self) -> tuple[Vocabulary, npt.NDArray[np.int64]]:
+        """The same tokens numbered in the order of their bytes, and by new id the id that it has here: [width].
+
+        Ids that end a text follow, then all others; equals keep their order.
+        """
+        ends = frozenset(self.eos_ids)
+
+        def place(old: int) -> tuple[int, bytes]:
+            entry = self.token_bytes[old]
+            return (0, entry) if entry is not None else (1 if old in ends else 2, b"")
+
+        old_ids = sorted(range(self.width), key=place)
+        table = tuple(self.token_bytes[old] for old in old_ids)
+        new_ends = tuple(new for new, old in enumerate(old_ids) if old in ends)
+        return Vocabulary(table, new_ends), np.asarray(old_ids, dtype=np.int64)
 
     def text(self, tokens: Sequence[int]) -> bytes:
         """Bytes written by `tokens`; ids without bytes write nothing."""

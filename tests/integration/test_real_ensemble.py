@@ -55,17 +55,19 @@ def test_the_ensemble_is_better_than_its_experts(local: LocalEnsemble) -> None:
 
 @pytest.mark.parametrize("unit", [Unit.AUTO, Unit.BYTE])
 @pytest.mark.parametrize("name", NAMES)
-def test_one_hot_is_generate(local: LocalEnsemble, name: str, unit: Unit) -> None:
+def test_one_hot_is_generate(
+    local: LocalEnsemble, real_expert: Callable[[str], TransformersExpert], name: str, unit: Unit
+) -> None:
     """Law 3 on real models: byte-identical to transformers' own greedy generate."""
     prompt, limit = "The history of the printing press begins in", 60
     mixture = Mixture({other: float(other == name) for other in NAMES})
     text, finish = local.generate(prompt, mixture, DecodeRequest(shaping=GREEDY, unit=unit, max_tokens=limit))
-    spec = local.ensemble.specs[name]
-    tokens = torch.tensor([local.encode(mixture, prompt)[name].tokens])
+    spec, numbering = local.ensemble.specs[name], real_expert(name).numbering
+    tokens = torch.tensor([numbering.to_model(local.encode(mixture, prompt)[name].tokens)])
     expected = plain_model(name).generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=limit
     )[0, tokens.shape[1] :]
-    assert text.encode() == spec.vocabulary.text(expected.tolist())
+    assert text.encode() == spec.vocabulary.text(numbering.from_model(expected.tolist()))
     assert finish.experts[name].tokens in (limit, len(expected) - 1)
     assert finish.experts[name].wasted == 0
 

@@ -26,11 +26,12 @@ def plain_model(name):
     return AutoModelForCausalLM.from_pretrained(real_expert_dir(name), dtype=torch.float32).eval()
 
 
-def plain_rows(name, tokens, count):
-    """The last `count` logit rows of a plain forward: [count, width]."""
+def plain_rows(expert, tokens, count):
+    """The last `count` logit rows of a plain forward of the expert's model: [count, width]."""
+    inputs = torch.tensor([expert.numbering.to_model(tokens)])
     with torch.inference_mode():
-        output = plain_model(name)(torch.tensor([tokens]), use_cache=False, logits_to_keep=count)
-    return output.logits[0]
+        output = plain_model(expert.spec.name)(inputs, use_cache=False, logits_to_keep=count)
+    return output.logits[0][:, expert.numbering.columns]
 
 
 def largest_difference(found, expected):
@@ -42,11 +43,11 @@ def largest_difference(found, expected):
 def test_greedy_text_equals_generate(real_expert, name, prompt, length):
     expert = real_expert(name)
     tokens = expert.encode(prompt).tokens
-    inputs = torch.tensor([tokens])
+    inputs = torch.tensor([expert.numbering.to_model(tokens)])
     expected = plain_model(name).generate(
         inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=length
     )
-    expected = expected[0, len(tokens) :].tolist()
+    expected = list(expert.numbering.from_model(expected[0, len(tokens) :].tolist()))
     found = []
     rows = expert.step([Open(0, tokens)]).rows(0)
     while len(found) < length:
@@ -64,9 +65,9 @@ def test_rows_equal_the_plain_forward_past_the_sliding_window(real_expert, name)
     tokens = laws.random_tokens(expert, np.random.default_rng(0), 640)
     other = laws.random_tokens(expert, np.random.default_rng(1), 6)
     first = expert.step([Open(0, tokens[:505]), Open(1, tokens[:3], Rows.ALL)])
-    assert largest_difference(first.rows(0), plain_rows(name, tokens[:505], 1)) < 1e-3
-    assert largest_difference(first.rows(1), plain_rows(name, tokens[:3], 3)) < 1e-3
-    expected = plain_rows(name, tokens, 135)
+    assert largest_difference(first.rows(0), plain_rows(expert, tokens[:505], 1)) < 1e-3
+    assert largest_difference(first.rows(1), plain_rows(expert, tokens[:3], 3)) < 1e-3
+    expected = plain_rows(expert, tokens, 135)
     at = 505
     for count in (1, 5, 1, 1, 1, 60, 1, 64):
         row = expert.step([Extend(0, tokens[at : at + count], Rows.ALL), Extend(1, other[:1])]).rows(0)
@@ -74,8 +75,8 @@ def test_rows_equal_the_plain_forward_past_the_sliding_window(real_expert, name)
         at += count
     expert.step([Fork(0, 2), Truncate(0, 508), Truncate(2, 560)])
     rows = expert.step([Extend(0, other, Rows.ALL), Extend(2, other, Rows.ALL)])
-    assert largest_difference(rows.rows(0), plain_rows(name, tokens[:508] + other, 6)) < 1e-3
-    assert largest_difference(rows.rows(1), plain_rows(name, tokens[:560] + other, 6)) < 1e-3
+    assert largest_difference(rows.rows(0), plain_rows(expert, tokens[:508] + other, 6)) < 1e-3
+    assert largest_difference(rows.rows(1), plain_rows(expert, tokens[:560] + other, 6)) < 1e-3
     expert.step([Close(number) for number in range(3)])
 
 
@@ -83,4 +84,4 @@ def test_fresh_rows_equal_the_plain_forward(real_expert, name):
     """Ties to the plain model what the laws (tests/laws/test_expert_laws.py) hold random operations against."""
     expert = real_expert(name)
     tokens = laws.random_tokens(expert, np.random.default_rng(2), 90)
-    assert largest_difference(laws.fresh_rows(expert, tokens), plain_rows(name, tokens, 90)) < 1e-3
+    assert largest_difference(laws.fresh_rows(expert, tokens), plain_rows(expert, tokens, 90)) < 1e-3

@@ -180,6 +180,24 @@ def test_prefix_mass(kernels: ModuleType, width: int) -> None:
 
 
 @every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_order_that_is_there_already(kernels: ModuleType, dtype: torch.dtype) -> None:
+    """The number of tokens in place of their ids gives the same."""
+    random = torch.Generator().manual_seed(4)
+    logits = (torch.randn(4, 3000, generator=random) * 5).to(dtype)
+    logits[1, 7] = math.nan
+    logits[2, 2500:] = math.nan
+    heat = torch.tensor([1.0, 1.0, 0.7, 1.3], dtype=torch.float64)
+    found = kernels.softmax_masses(logits, heat, 2500, 2400)
+    expected = kernels.softmax_masses(logits, heat, torch.arange(2500), 2400)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-12, equal_nan=True)
+    law = torch.softmax(logits[::3].float(), 1)
+    sums, expected = kernels.prefix_mass(law, 2500, 8), kernels.prefix_mass(law, torch.arange(2500), 8)
+    assert all(torch.equal(own, other) for own, other in zip(sums, expected, strict=True))
+
+
+@every_implementation
 @pytest.mark.parametrize("every", [1, 3, 16])
 def test_prefix_mass_of_every_few_tokens(kernels: ModuleType, every: int) -> None:
     table = torch.softmax(torch.randn(3, 77, generator=torch.Generator().manual_seed(2)) * 6, dim=1)

@@ -30,6 +30,18 @@ def test_equals_the_plain_layer(bias, half, threads):
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("half", [True, False], ids=["float16 weights", "float32 weights"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_in_another_order(bias, half):
+    plain = linear(bias=bias, half=half)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    packed = CpuLinear(plain, 1, chain=None, outputs=order)
+    with torch.inference_mode():
+        for rows in (1, 2, 32, 33):
+            inputs = torch.randn(1, rows, 96)
+            torch.testing.assert_close(packed(inputs), plain(inputs)[..., order], atol=2e-6, rtol=2e-6)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_weight_of_several_panels(bias, monkeypatch):
     monkeypatch.setattr(cpu_linear, "_PANEL_BYTES", 64 * 2 * 96)

@@ -10,14 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from token_swarm.experts.contract import Close, Expert, Extend, Fork, Op, Open, Rows, Truncate
+from token_swarm.experts.numbering import Numbering
 
 TEXT = (Path(__file__).parents[1] / "data" / "prose.txt").read_text(encoding="utf-8")
 
 
 class Reference:
-    """A model on transformers, without a cache."""
+    """A model on transformers, without a cache, for tokens and rows of an expert on it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, numbering: Numbering) -> None:
+        self._numbering = numbering
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
     def rows(self, histories: Sequence[tuple[int, ...]], counts: Sequence[int]) -> list[torch.Tensor]:
@@ -25,8 +27,10 @@ class Reference:
         return [self._rows(history, count) for history, count in zip(histories, counts, strict=True)]
 
     def _rows(self, history: tuple[int, ...], count: int) -> torch.Tensor:
+        inputs = torch.tensor([self._numbering.to_model(history)])
         with torch.inference_mode():
-            return self._model(input_ids=torch.tensor([history]), use_cache=False, logits_to_keep=count).logits[0]
+            logits: torch.Tensor = self._model(input_ids=inputs, use_cache=False, logits_to_keep=count).logits[0]
+        return logits[:, self._numbering.columns]
 
 
 def random_steps(

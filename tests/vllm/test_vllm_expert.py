@@ -52,7 +52,7 @@ def test_tokens_write_their_text(expert: VllmExpert) -> None:
 
 def test_logits_are_those_of_transformers(expert: VllmExpert, name: str) -> None:
     steps = random_steps(expert, np.random.default_rng(5), operations=200, sequences=8, longest=60)
-    worst = run_and_compare(expert, Reference(real_expert_dir(name)), steps)
+    worst = run_and_compare(expert, Reference(real_expert_dir(name), expert.numbering), steps)
     print(f"{name}: largest difference {worst:.2e}")
     assert 0 < worst < 1e-3
 
@@ -63,7 +63,7 @@ def test_a_rollback_behind_the_sliding_window(expert: VllmExpert, name: str) -> 
     expert.step([Open(1, tokens, Rows.NONE)])
     rows = expert.step([laws.Truncate(1, 530), Extend(1, new, Rows.ALL)]).rows(1)
     expert.step([laws.Close(1)])
-    (expected,) = Reference(real_expert_dir(name)).rows([tokens[:530] + new], [4])
+    (expected,) = Reference(real_expert_dir(name), expert.numbering).rows([tokens[:530] + new], [4])
     assert float((rows - expected).abs().max()) < 1e-3
 
 

@@ -26,7 +26,7 @@ def test_sixteen_sequences_in_the_kv_of_five() -> None:
         engine = expert._engine
         assert engine.total_blocks == engine.free_blocks == 30
         steps = random_steps(expert, np.random.default_rng(7), operations=OPERATIONS, sequences=16, longest=150)
-        worst = run_and_compare(expert, Reference(directory), steps)
+        worst = run_and_compare(expert, Reference(directory, expert.numbering), steps)
         stats = expert.stats()
         print(f"{OPERATIONS} operations: largest difference {worst:.2e}, {dict(stats.engine)}")
         assert worst < 1e-3

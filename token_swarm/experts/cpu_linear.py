@@ -40,13 +40,19 @@ class CpuLinear(nn.Module):
 
     The original parameters stay, shared with the embedding where they are tied, and serve many rows. A float16
     packing takes 2 bytes per weight; one serves both where there is a single part, as with a `chain` of None.
+    `outputs`: int64 [out features], the order in which the layer is to have its outputs.
     """
 
-    def __init__(self, linear: nn.Linear, threads: int, chain: int | None = _CHAIN) -> None:
+    def __init__(
+        self, linear: nn.Linear, threads: int, chain: int | None = _CHAIN, outputs: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self._outputs = outputs
         weight = linear.weight.detach()
         bias = None if linear.bias is None else linear.bias.detach()
+        if outputs is not None:
+            weight, bias = weight[outputs], None if bias is None else bias[outputs]
         pack = _packing(weight, threads)
         halves = pack is not None and pack is not _onednn_product
         chains = 1 if chain is None else -(-linear.in_features // chain)
@@ -61,19 +67,24 @@ class CpuLinear(nn.Module):
         rows = inputs.numel() // inputs.shape[-1]
         product = self._one_row if rows == 1 else self._few_rows if 1 < rows <= _FEW_ROWS else None
         if product is None:
-            return F.linear(inputs, self.weight, self.bias)
+            found = F.linear(inputs, self.weight, self.bias)
+            return found if self._outputs is None else found[..., self._outputs]
         return product(inputs)
 
 
-def pack_linears(model: nn.Module, threads: int, head: nn.Module | None = None) -> None:
+def pack_linears(
+    model: nn.Module, threads: int, head: nn.Module | None = None, outputs: torch.Tensor | None = None
+) -> None:
     """Replace every float32 `nn.Linear` of `model` by a `CpuLinear`.
 
-    What `head`, the last layer, rounds is not amplified by layers behind it: one chain is enough there.
+    What `head`, the last layer, rounds is not amplified by layers behind it: one chain is enough there. `outputs`: the
+    order in which the head is to have its outputs.
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.weight.dtype == torch.float32:
-                setattr(module, name, CpuLinear(child, threads, None if child is head else _CHAIN))
+                packed = CpuLinear(child, threads, None, outputs) if child is head else CpuLinear(child, threads)
+                setattr(module, name, packed)
 
 
 def holds_in_half_precision(weight: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, Op, OpError, RowMemory, StepResult
+from token_swarm.experts.numbering import Numbering
 from token_swarm.experts.ops import apply_lengths, refusal, row_count
 from token_swarm.experts.transformers_prompt import PromptEncoder
 
@@ -16,6 +17,7 @@ class PlannedExpert(ABC):
     """Half of an expert: its steps, and its tokenizer's part of the contract."""
 
     _spec: ExpertSpec
+    _numbering: Numbering
     _prompts: PromptEncoder
     _lengths: dict[int, int]
 
@@ -23,6 +25,11 @@ class PlannedExpert(ABC):
     def spec(self) -> ExpertSpec:
         """Constant facts about the expert."""
         return self._spec
+
+    @property
+    def numbering(self) -> Numbering:
+        """The expert's tokens beside the model's."""
+        return self._numbering
 
     def encode(self, prompt: str, *, chat: bool = False) -> EncodedPrompt:
         """See `Expert.encode`. What looks like a special token in `prompt` stays plain text."""
@@ -49,7 +56,7 @@ class PlannedExpert(ABC):
                 error = refusal(op, self._lengths, self._spec)
                 first = row
                 if error is None:
-                    self._plan(op, first, logits)
+                    self._plan(self._numbering.op_to_model(op), first, logits)
                     apply_lengths(op, self._lengths)
                     row += row_count(op)
                 errors.append(error)
@@ -62,11 +69,11 @@ class PlannedExpert(ABC):
 
     @abstractmethod
     def _plan(self, op: Op, row: int, logits: torch.Tensor) -> None:
-        """Queue an operation, whose first row of `logits` is `row`; `_lengths` are those before it."""
+        """Queue an operation, in the model's tokens. `row`: its first of `logits`; `_lengths` are those before it."""
 
     @abstractmethod
     def _flush(self, logits: torch.Tensor) -> None:
-        """Forward what is queued, and write the rows."""
+        """Forward what is queued, and write the rows, with their columns in the order of the expert's tokens."""
 
     @abstractmethod
     def _release_all(self) -> None:

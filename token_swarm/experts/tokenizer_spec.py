@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from token_swarm.experts.contract import ExpertSpec
+from token_swarm.experts.numbering import Numbering
 from token_swarm.experts.token_bytes import (
     TokenizerError,
     canonical_digest,
@@ -28,8 +29,10 @@ def expert_spec(
     dtype: torch.dtype,
     max_sequences: int,
     max_context: int,
-) -> ExpertSpec:
-    """The spec of a model with logit rows of `width`. Both configurations say what ends a text; each may be None.
+) -> tuple[ExpertSpec, Numbering]:
+    """The spec of an expert whose model has logit rows of `width`, and how its tokens are numbered.
+
+    Both configurations say what ends a text; each may be None.
 
     Raises ExpertLoadError for a tokenizer that cannot take part in an ensemble.
     """
@@ -40,13 +43,15 @@ def expert_spec(
         canonical = canonical_digest(tokenizer)
     except TokenizerError as error:
         raise ExpertLoadError(f"model: {error}") from error
-    return ExpertSpec(
+    numbering = Numbering(vocabulary)
+    spec = ExpertSpec(
         name=name,
         architecture=architecture,
-        vocabulary=vocabulary,
+        vocabulary=numbering.vocabulary,
         canonical=canonical,
         max_context=max_context,
         max_sequences=max_sequences,
         dtype=dtype,
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
     )
+    return spec, numbering

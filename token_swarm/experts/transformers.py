@@ -19,6 +19,7 @@ from token_swarm.experts.contract import (
     Open,
 )
 from token_swarm.experts.cpu_linear import pack_linears
+from token_swarm.experts.numbering import Numbering
 from token_swarm.experts.ops import row_count
 from token_swarm.experts.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
 from token_swarm.experts.planned import PlannedExpert
@@ -78,17 +79,21 @@ class TransformersExpert(PlannedExpert):
         self._model, tokenizer = load(model, self._device, dtype)
         limit = context_limit(self._model.config)
         context = max_context if limit is None else min(max_context, limit)
-        self._spec = _spec(name, self._model, tokenizer, max_sequences, context)
-        self._prompts = PromptEncoder(tokenizer, self._spec.vocabulary)
+        self._spec, self._numbering = _spec(name, self._model, tokenizer, max_sequences, context)
+        self._prompts = PromptEncoder(tokenizer, self._numbering)
         self._cache = SlotCache(max_sequences, context)
         self._slots: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._clear_plan()
 
-        plain = PlainForward(self._model, self._spec)
+        plain = PlainForward(self._model, self._spec, self._numbering)
         self._model.set_attn_implementation(IMPLEMENTATION)
+        columns = torch.from_numpy(self._numbering.columns).to(self._device)
+        head = self._model.get_output_embeddings()
         if self._device.type == "cpu":
-            pack_linears(self._model, torch.get_num_threads(), self._model.get_output_embeddings())
+            pack_linears(self._model, torch.get_num_threads(), head, columns)
+        # What is not packed stays as it is in memory: its rows are put in order one by one.
+        self._columns = columns if self._model.get_output_embeddings() is head else None
         try:
             plain.compare(self)
         except (TypeError, RuntimeError, LookupError) as error:
@@ -184,10 +189,11 @@ class TransformersExpert(PlannedExpert):
         finally:
             ACTIVE.reset(active)
         if wanted:
+            found = output.logits[0] if self._columns is None else output.logits[0][:, self._columns]
             rows = [row for _, row in wanted]
             # Mostly a batch gives all rows in order, several MB of them: they are copied as one block.
             ordered = rows == list(range(rows[0], rows[0] + len(rows)))
-            logits[slice(rows[0], rows[-1] + 1) if ordered else rows] = output.logits[0].to("cpu", self._spec.dtype)
+            logits[slice(rows[0], rows[-1] + 1) if ordered else rows] = found.to("cpu", self._spec.dtype)
 
     def _clear_plan(self) -> None:
         self._waiting: dict[int, _Waiting] = {}
@@ -202,7 +208,9 @@ class TransformersExpert(PlannedExpert):
         self._cache.release_all()
 
 
-def _spec(name: str, model: Any, tokenizer: Any, max_sequences: int, max_context: int) -> ExpertSpec:
+def _spec(
+    name: str, model: Any, tokenizer: Any, max_sequences: int, max_context: int
+) -> tuple[ExpertSpec, Numbering]:
     head = model.get_output_embeddings()
     if head is None:
         raise ExpertLoadError(f"model: {type(model).__name__} has no language-model head")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from token_swarm.experts.contract import Close, Expert, ExpertSpec, Extend, Fork, Op, Open, Rows, Truncate
+from token_swarm.experts.numbering import Numbering
 from token_swarm.experts.transformers_loading import ExpertLoadError
 
 SEQUENCES = 3
@@ -30,7 +31,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 class PlainForward:
     """Three texts and their logits, from plain forwards of `model` without a cache."""
 
-    def __init__(self, model: Any, spec: ExpertSpec) -> None:
+    def __init__(self, model: Any, spec: ExpertSpec, numbering: Numbering) -> None:
         window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
         size = CONTEXT + (window if window <= _LONGEST_WINDOW else 0)
         size = min(size, spec.max_context)
@@ -40,7 +41,7 @@ class PlainForward:
         self.branch = self.long[: size // 2 - 2] + tuple(draw[-5:])
         with torch.inference_mode():
             self._rows = {
-                text: model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0].cpu()
+                text: _rows(model, numbering.to_model(text))[:, numbering.columns]
                 for text in (self.long, self.short, self.branch)
             }
 
@@ -82,3 +83,9 @@ class PlainForward:
                 f"differ from a plain forward by {difference:.2g} of their spread, "
                 f"allowed is {_TOLERANCE[spec.dtype]:.2g} for {spec.dtype}"
             )
+
+
+def _rows(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:
+    """Every token's logits, [tokens, width]."""
+    logits: torch.Tensor = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
+    return logits.cpu()

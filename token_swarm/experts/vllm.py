@@ -90,7 +90,7 @@ class VllmExpert(PlannedExpert):
             on_failure=on_failure,
         )
         try:
-            self._spec = expert_spec(
+            self._spec, self._numbering = expert_spec(
                 name,
                 self._engine.architecture,
                 tokenizer,
@@ -101,14 +101,15 @@ class VllmExpert(PlannedExpert):
                 max_sequences=max_sequences,
                 max_context=max_context,
             )
-            self._prompts = PromptEncoder(tokenizer, self._spec.vocabulary)
+            self._prompts = PromptEncoder(tokenizer, self._numbering)
+            self._columns = torch.from_numpy(self._numbering.columns)
             self._kv = KvShare(self._engine)
             self._sessions: dict[int, Session] = {}
             self._lengths: dict[int, int] = {}
             # Sessions with tokens that wait for the next forward, as a set in order.
             self._waiting: dict[Session, None] = {}
             self._left_waiting = 0
-            check_sessions(self, self._engine)
+            check_sessions(self, self._engine, self._numbering)
         except BaseException:
             self._engine.close()
             raise
@@ -192,7 +193,7 @@ class VllmExpert(PlannedExpert):
 
         def place(request: str, position: int, values: torch.Tensor) -> None:
             if (row := wanted.pop((request, position), None)) is not None:
-                logits[row] = values
+                logits[row] = values[self._columns]
 
         self._engine.run(chunks, place)
         if wanted:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from token_swarm.experts.contract import Close, Expert, Extend, Fork, Op, Open, Rows, Truncate
+from token_swarm.experts.numbering import Numbering
 from token_swarm.experts.transformers_loading import ExpertLoadError
 from token_swarm.experts.vllm_engine import VllmEngine
 
@@ -29,7 +30,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative difference that rounding explains."""
 
 
-def check_sessions(expert: Expert, engine: VllmEngine) -> None:
+def check_sessions(expert: Expert, engine: VllmEngine, numbering: Numbering) -> None:
     """Compare sessions of `expert`, which has none open, with plain requests of its `engine`.
 
     Covers a ragged batch, chunks, rows of every token, rollbacks, a fork and, where the context reaches beyond it,
@@ -47,7 +48,7 @@ def check_sessions(expert: Expert, engine: VllmEngine) -> None:
     # Behind a window: so far back that a block is needed again which the window had left.
     back = min(cut - 3, window + 9) if window else cut - 3
     mistake, branch = long[:cut] + wrong, long[:back] + wrong
-    plain = {text: _Plain(engine, text, spec.architecture) for text in (long, short, mistake, branch)}
+    plain = {text: _Plain(engine, text, numbering, spec.architecture) for text in (long, short, mistake, branch)}
     steps: list[list[tuple[Op, tuple[int, ...]]]] = [
         [(Open(0, long[:cut]), long[:cut]), (Open(1, short[:3], Rows.ALL), short[:3])],
         [(Extend(0, wrong, Rows.ALL), mistake), (Extend(1, short[3:4]), short[:4])],
@@ -72,14 +73,15 @@ def check_sessions(expert: Expert, engine: VllmEngine) -> None:
 class _Plain:
     """The last rows of a text from a plain request."""
 
-    def __init__(self, engine: VllmEngine, text: tuple[int, ...], architecture: str) -> None:
+    def __init__(self, engine: VllmEngine, text: tuple[int, ...], numbering: Numbering, architecture: str) -> None:
         """Raises ExpertLoadError when the rows that were read are not those that vLLM samples from."""
         self._architecture = architecture
         self._first = max(0, len(text) - _LAST)
         rows: list[torch.Tensor] = []
-        token = engine.run_plain(text, self._first, lambda _, __, row: rows.append(row.double()))
-        self._rows = torch.stack(rows)
-        if self._rows[-1, token] != self._rows[-1].max():
+        tokens = numbering.to_model(text)
+        token = engine.run_plain(tokens, self._first, lambda _, __, row: rows.append(row.double()))
+        self._rows = torch.stack(rows)[:, numbering.columns]
+        if rows[-1][token] != rows[-1].max():
             raise ExpertLoadError(
                 f"model: {architecture} cannot be served by this vLLM: it takes token {token} greedily, whose logit is "
                 "not the largest of the row that was read"

@@ -105,13 +105,13 @@ def sample(
     return choose(shaped, uniforms, temperature == 0)
 
 
-def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
+def prefix_mass(probabilities: Tensor, order: Tensor | int, every: int = 1) -> tuple[Tensor, Tensor]:
     """Byte-sorted probabilities and their cumulative sums; see `reference.prefix_mass`."""
     sums: tuple[Tensor, Tensor] = _for(probabilities).prefix_mass(probabilities, order, every)
     return sums
 
 
-def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor | int, tokens: int) -> tuple[Tensor, Tensor]:
     """Both of a single expert, from its logits; see `reference.softmax_masses`. On a GPU in torch eager."""
     kernels = _for(logits)
     masses: tuple[Tensor, Tensor] = (kernels if kernels is native else eager).softmax_masses(

@@ -114,15 +114,15 @@ choose = reference.choose
 prefix_mass = reference.prefix_mass
 
 
-def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor | int, tokens: int) -> tuple[Tensor, Tensor]:
     """As `reference.softmax_masses`; float32 probabilities unless the logits are float64."""
-    picked = logits[:, order]
+    picked = reference.in_order(logits, order)
     picked = picked if picked.dtype == torch.float64 else picked.float()
     top = picked.amax(1, keepdim=True)
     # The largest is taken off first: dividing large logits would round away what tells them apart.
-    ordered = torch.softmax(picked.sub_(top).div_(temperatures[:, None].to(picked)), 1)
+    ordered = torch.softmax((picked - top).div_(temperatures[:, None].to(picked)), 1)
     ordered = ordered.masked_fill_(~top.isfinite(), torch.nan)
-    return ordered, prefix_mass(ordered, torch.arange(tokens, device=ordered.device), reference.STRIDE)[1]
+    return ordered, prefix_mass(ordered, tokens, reference.STRIDE)[1]
 
 
 def score_linear(masses: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

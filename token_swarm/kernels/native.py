@@ -185,29 +185,29 @@ def choose(probabilities: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Ten
     return tokens, log_probs
 
 
-def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
+def prefix_mass(probabilities: Tensor, order: Tensor | int, every: int = 1) -> tuple[Tensor, Tensor]:
     """As `reference.prefix_mass`."""
     rows, width = probabilities.shape
-    table, ids = probabilities.contiguous(), _as(torch.int32, order)
-    ordered = memory.empty((rows, order.numel()), torch.float32)
-    cumulative = memory.empty((rows, order.numel() // every + 1), torch.float64)
+    table, ids, count = probabilities.contiguous(), *_order(order)
+    ordered = memory.empty((rows, count), torch.float32)
+    cumulative = memory.empty((rows, count // every + 1), torch.float64)
     _call(
-        "ts_prefix_mass", rows, width, order.numel(), every, table.data_ptr(), ids.data_ptr(),
+        "ts_prefix_mass", rows, width, count, every, table.data_ptr(), _address(ids),
         ordered.data_ptr(), cumulative.data_ptr(),
     )  # fmt: skip
     return ordered, cumulative
 
 
-def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor | int, tokens: int) -> tuple[Tensor, Tensor]:
     """As `reference.softmax_masses`; float32 probabilities."""
     table = logits if logits.stride(-1) == 1 else logits.contiguous()
-    heat, ids = _as(torch.float64, temperatures), _as(torch.int32, order)
-    rows, count = table.shape[0], ids.numel()
+    heat, ids, count = _as(torch.float64, temperatures), *_order(order)
+    rows = table.shape[0]
     ordered = memory.empty((rows, count), torch.float32)
     sums = memory.empty((rows, tokens // STRIDE + 1), torch.float64)
     _call(
         "ts_softmax_masses", rows, count, tokens, table.data_ptr(), _DTYPES[table.dtype], table.stride(0),
-        heat.data_ptr(), ids.data_ptr(), ordered.data_ptr(), sums.data_ptr(),
+        heat.data_ptr(), _address(ids), ordered.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
     return ordered, sums
 
@@ -237,6 +237,15 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
         there.data_ptr(), own.data_ptr(), bounds.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _order(order: Tensor | int) -> tuple[Tensor | None, int]:
+    """Ids as the kernels take them, None for the first so many, and their number."""
+    return (None, order) if isinstance(order, int) else (_as(torch.int32, order), order.numel())
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _doubles(tensor: Tensor) -> Tensor:

@@ -155,31 +155,35 @@ def choose(probabilities: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Ten
     return tokens, log_probs
 
 
-def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
+def prefix_mass(probabilities: Tensor, order: Tensor | int, every: int = 1) -> tuple[Tensor, Tensor]:
     """Probabilities in byte-sorted order, and their cumulative sum.
 
-    probabilities: [rows, width]; order: int64 [tokens] ids sorted by bytes. Returns the sorted probabilities
-    [rows, tokens] in their dtype and C, float64 [rows, tokens // every + 1] with first entry 0: what comes before
-    tokens 0, every, 2 * every and so on. With every = 1 the mass of the sorted interval [lo, hi) is C[hi] - C[lo].
-    float64 because a float32 sum is off by 15% at mass 1e-6.
+    probabilities: [rows, width]; order: int64 [tokens] ids sorted by bytes, or the number of tokens where the first ids
+    are those. Returns the sorted probabilities [rows, tokens] in their dtype and C, float64 [rows, tokens // every + 1]
+    with first entry 0: what comes before tokens 0, every, 2 * every and so on. With every = 1 the mass of the sorted
+    interval [lo, hi) is C[hi] - C[lo]. float64 because a float32 sum is off by 15% at mass 1e-6.
     """
-    ordered = probabilities[:, order]
-    total = torch.zeros((ordered.shape[0], order.numel() + 1), dtype=torch.float64, device=ordered.device)
+    ordered = in_order(probabilities, order)
+    total = torch.zeros((ordered.shape[0], ordered.shape[1] + 1), dtype=torch.float64, device=ordered.device)
     torch.cumsum(ordered.double(), dim=1, out=total[:, 1:])
     return ordered, total[:, ::every].contiguous()
 
 
-def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor | int, tokens: int) -> tuple[Tensor, Tensor]:
     """Softmax over some tokens, in an order of one's own: `prefix_mass` of a single expert, from its logits.
 
-    logits: [rows, width]; temperatures: [rows]; order: int64 [count], the tokens that take part. Returns their
-    probabilities in that order, float64 [rows, count], and C of the first `tokens` of them at every `STRIDE`. A bad row
-    is NaN, in C from its second entry on.
+    logits: [rows, width]; temperatures: [rows]; order: as `prefix_mass` takes it, of the tokens that take part. Returns
+    their probabilities in that order, float64 [rows, count], and C of the first `tokens` of them at every `STRIDE`. A
+    bad row is NaN, in C from its second entry on.
     """
-    picked = logits[:, order].double() / temperatures[:, None]
+    picked = in_order(logits, order).double() / temperatures[:, None]
     ordered = torch.where(picked.amax(1, keepdim=True).isfinite(), torch.softmax(picked, 1), torch.nan)
-    every = torch.arange(tokens, device=logits.device)
-    return ordered, prefix_mass(ordered, every, STRIDE)[1]
+    return ordered, prefix_mass(ordered, tokens, STRIDE)[1]
+
+
+def in_order(table: Tensor, order: Tensor | int) -> Tensor:
+    """The columns of `table` [rows, width] in an order, as `prefix_mass` takes it."""
+    return table[:, :order] if isinstance(order, int) else table[:, order]
 
 
 def score_linear(masses: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

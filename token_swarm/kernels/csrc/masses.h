@@ -65,8 +65,9 @@ inline void add_masses(const T* masses, const double* sums, int64_t tokens, int6
     }
 }
 
-// Probabilities [rows, width] in byte-sorted order and their sums. ordered: float [rows, tokens]; sums: double
-// [rows, tokens / every + 1], what comes before tokens 0, every, 2 * every and so on.
+// Probabilities [rows, width] in byte-sorted order and their sums. order: null where that is the order they have;
+// ordered: float [rows, tokens]; sums: double [rows, tokens / every + 1], what comes before tokens 0, every, 2 * every and
+// so on.
 inline void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t every, const float* probabilities,
                         const int32_t* order, float* ordered, double* sums) {
     for (int64_t r = 0; r < rows; r++) {
@@ -76,8 +77,8 @@ inline void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t eve
         int64_t left = every;
         for (int64_t i = 0; i < tokens; i++) {
             // The order jumps about in a table larger than the nearest caches.
-            if (i + 48 < tokens) __builtin_prefetch(row + order[i + 48]);
-            const float p = row[order[i]];
+            if (order && i + 48 < tokens) __builtin_prefetch(row + order[i + 48]);
+            const float p = row[order ? order[i] : i];
             *ordered++ = p;
             sum += double(p);
             if (--left == 0) {
@@ -143,8 +144,8 @@ TS_INLINE void scale_masses(float* masses, int64_t count, int64_t tokens, float 
     }
 }
 
-// The softmax of logits / temperature over the tokens in `order` (int32 [count], at least one), in that order, and the
-// sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride `stride` (elements); temperatures:
+// The softmax of logits / temperature over the tokens in `order` (int32 [count], at least one; null for the first
+// `count`), in that order, and the sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride `stride` (elements); temperatures:
 // double [rows]; ordered: float [rows, count]; sums: double [rows, tokens / STRIDE + 1]. A bad row is NaN throughout.
 inline void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const void* logits, int32_t dtype, int64_t stride,
                            const double* temperatures, const int32_t* order, float* ordered, double* sums) {
@@ -154,7 +155,8 @@ inline void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const vo
     for (int64_t r = 0; r < rows; r++, ordered += count) {
         const Asked one = {row_of(dtype, logits, stride, r), dtype, 1.0, temperatures[r]};
         Normaliser n;
-        const bool good = dtype == FLOAT32    ? ordered_powers<F32>(one, order, runs, offsets, ordered, n)
+        const bool good = !order              ? normalise_any<true>(one, runs, offsets, ordered, n)
+                          : dtype == FLOAT32  ? ordered_powers<F32>(one, order, runs, offsets, ordered, n)
                           : dtype == BFLOAT16 ? ordered_powers<Bf16>(one, order, runs, offsets, ordered, n)
                                               : ordered_powers<F16>(one, order, runs, offsets, ordered, n);
         double sum = 0;

@@ -56,12 +56,13 @@ def prefix_write(ordered, sums, cumulative, tokens, wide: tl.constexpr, block: t
         tl.store(out, 0.0)
 
 
-def prefix_mass(probabilities: Tensor, order: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
+def prefix_mass(probabilities: Tensor, order: Tensor | int, every: int = 1) -> tuple[Tensor, Tensor]:
     """As `reference.prefix_mass`: (sorted probabilities [rows, tokens] in their dtype, C float64).
 
     The probabilities of a row have to sum to less than 4. A bad row (all NaN) gives NaN from C[1] on.
     """
     table = launch.rows_of(probabilities)
+    order = torch.arange(order, device=table.device) if isinstance(order, int) else order
     rows, tokens = table.shape[0], order.numel()
     tiles = launch.blocks_of(tokens)
     with launch.on(table):
