@@ -92,9 +92,12 @@ class LawMaker:
     def __init__(self, trie: ByteTrie, eos_ids: tuple[int, ...]) -> None:
         self.trie = trie
         self._eos_ids = eos_ids
-        self._every = _as_order(np.concatenate([trie.order, eos_ids]))
+        self._order: Tensor | int = trie.order.size
+        self._every: Tensor | int = trie.order.size + len(eos_ids)
         """All ids that may be generated: those that write something, and those that end the text."""
-        self._order = _as_order(trie.order)
+        if not trie.is_numbered or eos_ids != tuple(range(trie.order.size, self._every)):
+            self._every = torch.from_numpy(np.concatenate([trie.order, eos_ids]).astype(np.int32))
+            self._order = self._every[: trie.order.size]
 
     def __call__(
         self,
@@ -116,9 +119,3 @@ class LawMaker:
         if math.isnan(own[0]):
             return None
         return ByteLaw(self.trie, own[:tokens], sums.numpy()[0], float(own[tokens:].sum(dtype=np.float64)))
-
-
-def _as_order(ids: npt.NDArray[np.integer]) -> Tensor | int:
-    """Ids for the kernels: how many there are where they are the first ones in order, as experts number theirs."""
-    count = ids.size
-    return count if np.array_equal(ids, np.arange(count)) else torch.from_numpy(ids.astype(np.int32))

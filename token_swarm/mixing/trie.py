@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,11 @@ class ByteTrie:
     def nodes(self) -> int:
         """Number of nodes, the root included."""
         return self.low.size
+
+    @cached_property
+    def is_numbered(self) -> bool:
+        """Whether ids are places in `order`: the vocabulary is in byte order itself."""
+        return np.array_equal(self.order, np.arange(self.order.size))
 
     def child(self, node: int, byte: int) -> int | None:
         """The node one `byte` below `node`, or None when no token goes there."""
