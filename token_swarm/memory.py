@@ -35,12 +35,17 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if not LEAST_BYTES <= size <= MOST_BYTES:
         return torch.empty(shape, dtype=dtype)
+    return on(_lend(size), shape, dtype)
+
+
+def on(block: npt.NDArray[np.uint8], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in the memory of `block` [bytes]. It, and whatever is made of it, holds on to that very array."""
     known = _NUMPY.get(dtype)
     if known is None:
-        return torch.frombuffer(_lend(size), dtype=dtype).view(shape)
+        return torch.frombuffer(block, dtype=dtype).view(shape)
     # Shaped by numpy: every operation of torch lets another thread have the interpreter. Of an array that it is given
     # numpy would keep the owner alone; of its buffer it keeps the array.
-    return torch.from_numpy(np.frombuffer(_lend(size).data, known).reshape(shape))
+    return torch.from_numpy(np.frombuffer(block.data, known).reshape(shape))
 
 
 def _lend(size: int) -> npt.NDArray[np.uint8]:

@@ -176,7 +176,10 @@ class ExpertConnection:
         return answer
 
     async def step(self, ops: Sequence[Op]) -> TimedStepResult:
-        """Apply `ops`; the expert's answer, with logits [rows, width] in memory of their own.
+        """Apply `ops`; the expert's answer, with logits [rows, width].
+
+        Logits in shared memory stay where they are for as long as anything refers to them; while that is so of every
+        slot, they travel inside the message, which takes longer.
 
         One step is under way at a time. Cancelling this ends the connection: the expert's state would not be
         known. Raises BadParameter as `wire.check_ops` does, and ExpertUnavailable or TransportError: after these
@@ -185,20 +188,21 @@ class ExpertConnection:
         wire.check_ops(ops, self.max_rows)
         async with self._one_at_a_time:
             self._number += 1
-            step = expert_pb2.Step(number=self._number, ops=wire.ops_to_proto(ops))
+            slot = None if self._segment is None else self._segment.vacant()
+            step = expert_pb2.Step(number=self._number, ops=wire.ops_to_proto(ops), slot=slot)
             try:
                 answer = await self._exchange(expert_pb2.DecodeRequest(step=step))
             except grpc.aio.AioRpcError as error:
                 _raise(self.spec.name, error)
             except asyncio.InvalidStateError as error:
                 raise ExpertUnavailable(self.spec.name, "the connection is closed") from error
-            return self._result(answer.step, ops)
+            return self._result(answer.step, ops, slot)
 
-    def _result(self, reply: expert_pb2.StepReply, ops: Sequence[Op]) -> TimedStepResult:
+    def _result(self, reply: expert_pb2.StepReply, ops: Sequence[Op], slot: int | None) -> TimedStepResult:
         width, dtype = self.spec.vocabulary.width, self.spec.dtype
         spans, errors = wire.layout_from_proto(reply, number=self._number, ops=ops, width=width, dtype=dtype)
         rows = spans[-1][1] if spans else 0
-        logits = transport.take_logits(reply, rows, dtype, self._segment)
+        logits = transport.take_logits(reply, rows, dtype, self._segment, slot)
         inline = reply.WhichOneof("logits") == "inline"
         return TimedStepResult(logits, spans, errors, reply.seconds, reply.batch_size, inline)
 

@@ -110,7 +110,10 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
                         f"step {number} asks for {rows} logit rows; "
                         f"at most {self._description.max_rows_per_step} are allowed"
                     )
-                reply = await self._worker.submit(stream, number, ops)
+                slot = request.step.slot if request.step.HasField("slot") else None
+                if slot is not None and slot >= (slots := 0 if stream.segment is None else stream.segment.slots):
+                    raise TransportError(f"step {number} asks for slot {slot} of {slots}")
+                reply = await self._worker.submit(stream, number, ops, slot)
                 await context.write(expert_pb2.DecodeResponse(step=reply))
         except Exception as exception:
             await errors.abort(context, exception)

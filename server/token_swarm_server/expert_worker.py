@@ -42,11 +42,13 @@ class Stream:
 
 @dataclass(eq=False)
 class _Job:
-    """A step of one stream that waits for the model; `reply` is resolved with the answer."""
+    """A step of one stream that waits for the model; `reply` is resolved with the answer. `slot`: of the stream's
+    segment, for the logits; None for the message."""
 
     stream: Stream
     number: int
     ops: tuple[Op, ...]
+    slot: int | None
     reply: asyncio.Future[expert_pb2.StepReply]
 
     @property
@@ -136,12 +138,14 @@ class ExpertWorker:
         """Free what the stream holds, after the step that may be running. Never waits."""
         self._queue.put(stream)
 
-    async def submit(self, stream: Stream, number: int, ops: tuple[Op, ...]) -> expert_pb2.StepReply:
+    async def submit(
+        self, stream: Stream, number: int, ops: tuple[Op, ...], slot: int | None = None
+    ) -> expert_pb2.StepReply:
         """Queue a step and wait for its answer. A step whose caller stops waiting is not run if it can be.
 
         Raises whatever the expert's own `step` does.
         """
-        job = _Job(stream, number, ops, asyncio.get_running_loop().create_future())
+        job = _Job(stream, number, ops, slot, asyncio.get_running_loop().create_future())
         self._queue.put(job)
         return await job.reply
 
@@ -201,17 +205,17 @@ class ExpertWorker:
             start += len(job.ops)
             self._track(job, part)
             reply = wire.reply_to_proto(job.number, part, seconds=seconds, batch_size=batch_size)
-            transport.put_logits(reply, part.logits, job.stream.segment)
+            transport.put_logits(reply, part.logits, job.stream.segment, job.slot)
             replies.append(reply)
         return replies
 
     def _forward(self, jobs: list[_Job], ops: list[Op]) -> StepResult:
         """The expert's step; the rows of a job that is alone go where its caller reads them."""
-        segment = jobs[0].stream.segment
-        if len(jobs) > 1 or segment is None or not isinstance(self._expert, RowWriter):
+        segment, slot = jobs[0].stream.segment, jobs[0].slot
+        if len(jobs) > 1 or segment is None or slot is None or not isinstance(self._expert, RowWriter):
             return self._expert.step(ops)
         spec = self._expert.spec
-        memory = transport.row_memory(jobs[0].number, spec.vocabulary.width, spec.dtype, segment)
+        memory = transport.row_memory(slot, spec.vocabulary.width, spec.dtype, segment)
         return self._expert.step_into(ops, memory)
 
     def _check(self, result: StepResult, n_ops: int) -> None:

@@ -1,9 +1,11 @@
 """How logits travel between an expert's process and the coordinator: a mapped file, or inside the message.
 
 The file lies in a memory-backed directory under an unpredictable name, is private to the user, and loses its
-name as soon as both ends have mapped it, so that a crash leaves nothing behind. Its slots are used in turn.
-A slot starts with the number of the step it holds, which the writer clears first and sets last and the reader
-checks before and after copying: a slot that is stale or half written is an error, never wrong logits.
+name as soon as both ends have mapped it, so that a crash leaves nothing behind.
+
+Logits are read where the expert wrote them: the reader, who knows what nobody reads any more, names the slot that a
+step may fill. A slot starts with the number of the step it holds, which the writer clears first and sets last and the
+reader checks: one that is stale or half written is an error, never wrong logits.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import re
 import secrets
 import stat
+import weakref
 from pathlib import Path
 
 import grpc
@@ -29,8 +32,8 @@ from token_swarm_server.errors import TransportError
 # What reading a finished grpc.aio stream returns; the stubs do not know it.
 END_OF_STREAM = grpc.aio.EOF  # type: ignore[attr-defined]
 MAX_MESSAGE_BYTES = 256 * 2**20
-# Two slots: what the reader got last stays whole while the writer fills the other.
-SLOTS = 2
+SLOTS = 3
+"""One that is being filled, one with what was filled last, and one for texts that wait for another expert."""
 # A cache line, so that rows start aligned. It holds two uint64: the step's number and the bytes that follow.
 _HEADER_BYTES = 64
 _NAME = re.compile(r"token-swarm-[0-9a-f]{32}")
@@ -68,12 +71,12 @@ def as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
 class _Segment:
     """A mapped file of `slots` slots that hold `slot_bytes` bytes of logits each."""
 
-    def __init__(self, descriptor: int, slots: int, slot_bytes: int, *, writable: bool) -> None:
+    def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
         self.slots = slots
         self.slot_bytes = slot_bytes
         stride = self.stride(slot_bytes)
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        self._map = mmap.mmap(descriptor, slots * stride, access=access)
+        # Both ends may write: logits are a tensor like any other to those who read them.
+        self._map = mmap.mmap(descriptor, slots * stride, access=mmap.ACCESS_WRITE)
         memory = np.frombuffer(self._map, dtype=np.uint8).reshape(slots, stride)
         # One aligned 8-byte store or load each: numpy does not tear them, as struct's byte order codes would.
         self._headers = memory[:, :16].view(np.uint64)
@@ -88,7 +91,7 @@ class _Segment:
         """Unmap. The segment cannot be used after that; closing twice does nothing."""
         self._headers = np.empty((0, 0), dtype=np.uint64)
         self._payloads = np.empty((0, 0), dtype=np.uint8)
-        # Rows that a failed step left behind in its traceback keep the memory mapped for as long as they live.
+        # Rows that somebody still reads keep the memory mapped for as long as they live.
         with contextlib.suppress(BufferError):
             self._map.close()
 
@@ -105,7 +108,7 @@ class SegmentWriter(_Segment):
         try:
             # Reserved now: a full file system is an error here, and a fatal signal at the first write.
             os.posix_fallocate(descriptor, 0, SLOTS * self.stride(slot_bytes))
-            super().__init__(descriptor, SLOTS, slot_bytes, writable=True)
+            super().__init__(descriptor, SLOTS, slot_bytes)
         except BaseException:
             self.unlink()
             raise
@@ -116,15 +119,13 @@ class SegmentWriter(_Segment):
         """Take the name away; what is mapped stays mapped."""
         self._path.unlink(missing_ok=True)
 
-    def room(self, step: int, size: int) -> NDArray[np.uint8]:
-        """So many bytes of a step's slot, to put its logits there at once. What the slot held is void from here on."""
-        slot = step % self.slots
+    def room(self, slot: int, size: int) -> NDArray[np.uint8]:
+        """So many bytes of a slot, to put logits there at once. What the slot held is void from here on."""
         self._headers[slot][0] = 0
         return self._payloads[slot, :size]
 
-    def write(self, step: int, data: NDArray[np.uint8]) -> int:
-        """Put the logits of a step (at least 1) into its slot, unless they are there; returns the slot's number."""
-        slot = step % self.slots
+    def write(self, step: int, slot: int, data: NDArray[np.uint8]) -> None:
+        """Put the logits of a step (at least 1) into a slot, unless they are there."""
         header = self._headers[slot]
         header[0] = 0
         payload = self._payloads[slot, : len(data)]
@@ -132,15 +133,14 @@ class SegmentWriter(_Segment):
             payload[:] = data
         header[1] = len(data)
         header[0] = step
-        return slot
 
 
 class SegmentReader(_Segment):
     """The coordinator's end.
 
-    An expert that takes memory away from its file before it answers is found out; one that does so in the very moment
-    of the copy would end this process with SIGBUS. Whoever can do that runs as the same user: an expert that is not
-    trusted so far belongs on TCP, where logits travel inside messages.
+    An expert that takes memory away from its file before it answers is found out; one that does so while its logits are
+    read would end this process with SIGBUS. Whoever can do that runs as the same user: an expert that is not trusted so
+    far belongs on TCP, where logits travel inside messages.
     """
 
     def __init__(self, directory: Path, offer: expert_pb2.Offer) -> None:
@@ -154,81 +154,89 @@ class SegmentReader(_Segment):
             )
         self._size = offer.slots * self.stride(offer.slot_bytes)
         descriptor = os.open(
-            directory / offer.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            directory / offer.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         )
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_size != self._size:
                 raise TransportError(f"offer: {offer.name} is not a file of {self._size} bytes")
-            super().__init__(descriptor, offer.slots, offer.slot_bytes, writable=False)
+            super().__init__(descriptor, offer.slots, offer.slot_bytes)
         finally:
             os.close(descriptor)
+        self._lent: set[int] = set()
 
-    def read(self, step: int, slot: int, out: NDArray[np.uint8]) -> None:
-        """Copy the logits of a step to `out`. Raises TransportError unless the slot holds just these."""
+    def vacant(self) -> int | None:
+        """A slot that nobody reads; None while all are read."""
+        return next((slot for slot in range(self.slots) if slot not in self._lent), None)
+
+    def lend(self, step: int, slot: int, size: int) -> NDArray[np.uint8]:
+        """The logits of a step where they lie: [size] bytes of a slot, not vacant while anything refers to this array.
+
+        Raises TransportError unless the slot holds just these.
+        """
         if slot >= self.slots:
             raise TransportError(f"slot: {slot} is not one of {self.slots}")
-        if len(out) > self.slot_bytes:
-            raise TransportError(f"slot: {len(out)} bytes of logits do not fit a slot of {self.slot_bytes}")
+        if size > self.slot_bytes:
+            raise TransportError(f"slot: {size} bytes of logits do not fit a slot of {self.slot_bytes}")
         if self._map.size() != self._size:
             raise TransportError(f"slot: the file of the segment no longer has its {self._size} bytes")
-        header = self._headers[slot]
-        self._check(header, step, slot, len(out))
-        out[:] = self._payloads[slot, : len(out)]
-        self._check(header, step, slot, len(out))
-
-    @staticmethod
-    def _check(header: NDArray[np.uint64], step: int, slot: int, size: int) -> None:
-        held, length = int(header[0]), int(header[1])
+        held, length = (int(number) for number in self._headers[slot])
         if held != step or length != size or held == 0:
             raise TransportError(
                 f"slot {slot} holds {length} bytes of step {held}, expected {size} bytes of step {step}"
             )
+        lent = self._payloads[slot, :size]
+        self._lent.add(slot)
+        weakref.finalize(lent, self._lent.discard, slot).atexit = False
+        return lent
 
 
-def row_memory(step: int, width: int, dtype: torch.dtype, segment: SegmentWriter) -> RowMemory:
-    """Where an expert may put the logit rows of a step, so that `put_logits` finds them in their slot."""
+def row_memory(slot: int, width: int, dtype: torch.dtype, segment: SegmentWriter) -> RowMemory:
+    """Where an expert may put the logit rows of a step, so that `put_logits` finds them in its slot."""
 
     def rows_memory(rows: int) -> torch.Tensor:
         size = rows * width * dtype.itemsize
         if not rows or size > segment.slot_bytes:
             return torch.empty(rows, width, dtype=dtype)
-        return torch.from_numpy(segment.room(step, size)).view(dtype).view(rows, width)
+        return torch.from_numpy(segment.room(slot, size)).view(dtype).view(rows, width)
 
     return rows_memory
 
 
-def put_logits(reply: expert_pb2.StepReply, logits: torch.Tensor, segment: SegmentWriter | None) -> None:
-    """Add logits [rows, width] to a reply: to a slot where one can hold them, else inline."""
+def put_logits(
+    reply: expert_pb2.StepReply, logits: torch.Tensor, segment: SegmentWriter | None, slot: int | None
+) -> None:
+    """Add logits [rows, width] to a reply: to the slot that the step was given if that can hold them, else inline."""
     if not len(logits):
         return
     data = as_bytes(logits.contiguous())
-    if segment is not None and len(data) <= segment.slot_bytes:
-        reply.slot = segment.write(reply.number, data)
+    if segment is not None and slot is not None and len(data) <= segment.slot_bytes:
+        segment.write(reply.number, slot, data)
+        reply.slot = slot
     else:
         reply.inline = data.tobytes()
 
 
 def take_logits(
-    reply: expert_pb2.StepReply, rows: int, dtype: torch.dtype, segment: SegmentReader | None
+    reply: expert_pb2.StepReply, rows: int, dtype: torch.dtype, segment: SegmentReader | None, slot: int | None
 ) -> torch.Tensor:
-    """Logits [rows, reply.width] of a reply, in memory of their own; inverse of `put_logits`.
+    """Logits [rows, reply.width] of a reply to a step that was given a slot; inverse of `put_logits`.
 
-    Raises TransportError if the reply does not hold exactly these.
+    They hold on to their slot. Raises TransportError if the reply does not hold exactly these.
     """
     size = rows * reply.width * dtype.itemsize
     held = reply.WhichOneof("logits")
     if (held is None) != (rows == 0):
         raise TransportError(f"logits: {held or 'none'}, but the reply has {rows} rows")
-    if held == "slot" and segment is None:
-        raise TransportError("slot: the stream has no shared memory")
+    if held == "slot" and (segment is None or reply.slot != slot):
+        raise TransportError(f"slot: {reply.slot} was not asked for; it was {'none' if slot is None else slot}")
     if held == "inline" and len(reply.inline) != size:
         raise TransportError(f"inline: {len(reply.inline)} bytes, expected {size}")
     if size > MAX_MESSAGE_BYTES:
         raise TransportError(f"logits: {size} bytes are more than the {MAX_MESSAGE_BYTES} of a message")
+    if segment is not None and held == "slot":
+        return memory.on(segment.lend(reply.number, reply.slot, size), (rows, reply.width), dtype)
     logits = memory.empty((rows, reply.width), dtype)
     if held == "inline":
         as_bytes(logits)[:] = np.frombuffer(reply.inline, dtype=np.uint8)
-    elif segment is not None and rows:
-        segment.read(reply.number, reply.slot, as_bytes(logits))
     return logits

@@ -29,7 +29,7 @@ def lies(truth: Any, draw: Any, wrong: dict[str, st.SearchStrategy[Any]], most: 
 def true_reply(*ops: Any) -> tuple[list[Any], Any]:
     result = ToyExpert("e0", fuzzing.VOCABULARIES[0], seed=0).step(ops)
     reply = wire.reply_to_proto(1, result, seconds=0.1, batch_size=1)
-    transport.put_logits(reply, result.logits, None)
+    transport.put_logits(reply, result.logits, None, None)
     return list(ops), reply
 
 
@@ -66,7 +66,7 @@ def taken(ops: list[Any], reply: Any, segment: transport.SegmentReader | None) -
     try:
         spans, errors = wire.layout_from_proto(reply, number=1, ops=ops, width=vocabulary.width, dtype=torch.float64)
         rows = spans[-1][1] if spans else 0
-        logits = transport.take_logits(reply, rows, torch.float64, segment)
+        logits = transport.take_logits(reply, rows, torch.float64, segment, 1)
     except TransportError:
         return False
     assert logits.shape == (rows, vocabulary.width)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from token_swarm_server import transport
 from token_swarm_server.errors import ExpertUnavailable, TransportError
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_server import SERVICE, SLOT_ROWS, ExpertServer
@@ -220,8 +221,9 @@ async def test_a_model_that_fails_ends_its_callers_streams_and_tells_them_no_sec
         ["attach", expert_pb2.DecodeRequest(attach=expert_pb2.Attach())],
         ["attach", expert_pb2.DecodeRequest(step=expert_pb2.Step(number=2))],
         ["attach", expert_pb2.DecodeRequest(step=expert_pb2.Step(number=1, ops=[expert_pb2.Op()]))],
+        ["attach", expert_pb2.DecodeRequest(step=expert_pb2.Step(number=1, slot=0))],
     ],
-    ids=["nothing", "step before attach", "attach twice", "wrong number", "no operation"],
+    ids=["nothing", "step before attach", "attach twice", "wrong number", "no operation", "slot of no file"],
 )
 async def test_a_caller_that_breaks_the_protocol_is_told(tmp_path, requests):
     inline = expert_pb2.DecodeRequest(attach=expert_pb2.Attach(transport=expert_pb2.TRANSPORT_INLINE))
@@ -236,6 +238,30 @@ async def test_a_caller_that_breaks_the_protocol_is_told(tmp_path, requests):
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         async with connected(server, tmp_path) as connection:
             assert (await connection.step([Open(0, (1,))])).errors == (None,)
+
+
+async def test_logits_that_are_kept_stay_whole_and_the_next_travel_inline(tmp_path):
+    async with serving(Writing(), tmp_path) as server, connected(server, tmp_path) as connection:
+        local = Watched()
+        ops = [[Open(0, (1,))], *([Extend(0, (token,))] for token in range(1, 8))]
+        kept = [await connection.step(step) for step in ops]
+        expected = [local.step(step).logits for step in ops]
+        assert [result.inline for result in kept] == [False] * transport.SLOTS + [True] * (8 - transport.SLOTS)
+        for result, logits in zip(kept, expected, strict=True):
+            assert torch.equal(result.logits, logits)
+        row = kept[1].rows(0)[0]
+        del kept, result
+        for token in range(8):
+            again = await connection.step([Extend(0, (token,))])
+            assert not again.inline
+        assert torch.equal(row, expected[1][0])
+
+
+async def test_a_step_for_a_slot_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(transport.SegmentReader, "vacant", lambda _: transport.SLOTS)
+    async with serving(toy(), tmp_path) as server, connected(server, tmp_path) as connection:
+        with pytest.raises(TransportError, match=f"asks for slot {transport.SLOTS} of {transport.SLOTS}"):
+            await connection.step([Open(0, (1,))])
 
 
 async def test_a_step_with_too_many_rows_is_refused_on_both_ends(tmp_path):

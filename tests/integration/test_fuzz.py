@@ -290,7 +290,7 @@ def test_slots_that_are_stale_torn_or_not_there(
     sent["lying expert, slots"] += len(headers)
     for (step, length), slot in zip(headers, slots, strict=True):
         reply = expert_pb2.StepReply(number=1, row_counts=[1], dtype="float64", width=row.shape[1], slot=slot)
-        writer.write(1, transport.as_bytes(row))
+        writer.write(1, 1, transport.as_bytes(row))
         writer._headers[1] = (step, length)
         assert taken([Open(1, (97,))], reply, reader) == ((slot, step, length) == (1, 1, ROW_BYTES))
     writer.unlink()
@@ -307,7 +307,7 @@ def test_a_segment_that_lost_its_memory_is_an_error(tmp_path: Path) -> None:
     os.truncate(tmp_path / writer.name, 0)
     reply = expert_pb2.StepReply(number=1, row_counts=[1], dtype="float64", width=ROW_BYTES // 8, slot=1)
     with pytest.raises(TransportError, match="no longer has its"):
-        transport.take_logits(reply, 1, torch.float64, reader)
+        transport.take_logits(reply, 1, torch.float64, reader, 1)
     reader.close()
     writer.close()
 

@@ -44,13 +44,13 @@ def test_logits_survive_both_transports(segment, dtype, rows):
     writer, reader = segment
     logits = torch.randn(rows, 3, dtype=torch.float64).to(dtype)
     for number in range(1, 5):
-        for write_to, read_from in ((writer, reader), (None, None)):
+        for write_to, read_from, slot in ((writer, reader, number % writer.slots), (writer, reader, None), (None,) * 3):
             reply = reply_for(logits, number)
-            transport.put_logits(reply, logits, write_to)
+            transport.put_logits(reply, logits, write_to, slot)
             reply = expert_pb2.StepReply.FromString(reply.SerializeToString())
-            assert torch.equal(transport.take_logits(reply, rows, dtype, read_from), logits)
+            assert torch.equal(transport.take_logits(reply, rows, dtype, read_from, slot), logits)
     fits = logits.nbytes <= SLOT_BYTES
-    transport.put_logits(reply := reply_for(logits), logits, writer)
+    transport.put_logits(reply := reply_for(logits), logits, writer, 0)
     assert reply.WhichOneof("logits") == (None if rows == 0 else "slot" if fits else "inline")
 
 
@@ -58,16 +58,18 @@ def test_logits_survive_both_transports(segment, dtype, rows):
 def test_rows_that_are_written_where_they_are_read_are_not_copied(segment, dtype, monkeypatch):
     writer, reader = segment
     for number in range(1, 5):
-        memory = transport.row_memory(number, 3, dtype, writer)
+        memory = transport.row_memory(number % writer.slots, 3, dtype, writer)
         logits = memory(4)[:2]
         logits[:] = torch.randn(2, 3)
         reply = reply_for(logits, number)
         with monkeypatch.context() as patch:
             # Had the rows been elsewhere, they would have been put here.
             patch.setattr(writer, "_payloads", Untouchable(writer._payloads))
-            transport.put_logits(reply, logits, writer)
-        taken = transport.take_logits(reply, 2, dtype, reader)
+            transport.put_logits(reply, logits, writer, number % writer.slots)
+        taken = transport.take_logits(reply, 2, dtype, reader, number % writer.slots)
         assert torch.equal(taken, logits)
+        logits += 1
+        assert torch.equal(taken, logits), "the reader reads what the writer wrote, not a copy of it"
 
 
 class Untouchable:
@@ -85,24 +87,24 @@ class Untouchable:
 def test_rows_that_no_slot_can_hold_travel_inline(segment):
     logits = transport.row_memory(1, 3, torch.float32, segment[0])(SLOT_BYTES)
     logits[:] = torch.randn(SLOT_BYTES, 3)
-    transport.put_logits(reply := reply_for(logits), logits, segment[0])
+    transport.put_logits(reply := reply_for(logits), logits, segment[0], 1)
     assert reply.WhichOneof("logits") == "inline"
 
 
 def test_a_slot_that_is_being_written_is_void(segment):
     writer, reader = segment
     logits = torch.randn(2, 3)
-    transport.put_logits(reply := reply_for(logits, 2), logits, writer)
-    transport.row_memory(4, 3, torch.float32, writer)(2)
+    transport.put_logits(reply := reply_for(logits, 2), logits, writer, 0)
+    transport.row_memory(0, 3, torch.float32, writer)(2)
     with pytest.raises(TransportError, match="slot 0 holds"):
-        transport.take_logits(reply, 2, torch.float32, reader)
+        transport.take_logits(reply, 2, torch.float32, reader, 0)
 
 
 def test_a_strided_view_is_sent_as_the_rows_it_shows(segment):
     logits = torch.arange(24.0).reshape(4, 6)[::2, ::2]
     reply = reply_for(logits)
-    transport.put_logits(reply, logits, segment[0])
-    assert torch.equal(transport.take_logits(reply, 2, torch.float32, segment[1]), logits)
+    transport.put_logits(reply, logits, segment[0], 2)
+    assert torch.equal(transport.take_logits(reply, 2, torch.float32, segment[1], 2), logits)
 
 
 def test_the_file_is_private_and_its_name_goes(tmp_path):
@@ -116,43 +118,70 @@ def test_the_file_is_private_and_its_name_goes(tmp_path):
     writer.close()
 
 
-def read(reader, step, slot, size):
-    out = np.zeros(size, dtype=np.uint8)
-    reader.read(step, slot, out)
-    return out
-
-
 def test_a_slot_that_was_used_again_is_stale(segment):
     writer, reader = segment
-    slot = writer.write(1, np.full(8, 1, np.uint8))
-    assert read(reader, 1, slot, 8).tolist() == [1] * 8
-    writer.write(2, np.full(8, 2, np.uint8))
-    assert read(reader, 1, slot, 8).tolist() == [1] * 8, "the slot before the last one must stay whole"
-    assert writer.write(3, np.full(8, 3, np.uint8)) == slot
+    writer.write(1, 1, np.full(8, 1, np.uint8))
+    writer.write(2, 0, np.full(8, 2, np.uint8))
+    assert reader.lend(1, 1, 8).tolist() == [1] * 8, "another slot must stay whole"
+    writer.write(3, 1, np.full(8, 3, np.uint8))
     with pytest.raises(TransportError, match="step 3, expected 8 bytes of step 1"):
-        read(reader, 1, slot, 8)
+        reader.lend(1, 1, 8)
 
 
 def test_a_slot_that_is_being_written_is_torn(segment):
     writer, reader = segment
-    slot = writer.write(1, np.full(8, 1, np.uint8))
+    writer.write(1, 1, np.full(8, 1, np.uint8))
     with pytest.raises(ValueError, match="broadcast"):
-        writer.write(1 + writer.slots, np.zeros(SLOT_BYTES + 1, np.uint8))
+        writer.write(2, 1, np.zeros(SLOT_BYTES + 1, np.uint8))
     with pytest.raises(TransportError, match="of step 0"):
-        read(reader, 1, slot, 8)
+        reader.lend(1, 1, 8)
 
 
-def test_a_slot_that_changes_during_the_copy_is_torn(segment):
+@pytest.mark.parametrize("dtype", wire.DTYPES.values(), ids=str)
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda logits: logits,
+        lambda logits: logits[1],
+        lambda logits: logits[1:].view(-1),
+        lambda logits: logits.view(torch.uint8).numpy()[0],
+    ],
+    ids=["all", "a row", "a view", "an array"],
+)
+def test_a_slot_is_vacant_once_nobody_reads_it(segment, dtype, kept):
     writer, reader = segment
-    slot = writer.write(1, np.full(8, 1, np.uint8))
+    logits = torch.ones(2, 3, dtype=dtype)
+    read = []
+    for number in range(1, writer.slots + 1):
+        slot = reader.vacant()
+        assert slot == number - 1
+        transport.put_logits(reply := reply_for(logits, number), logits, writer, slot)
+        read.append(kept(transport.take_logits(reply, 2, dtype, reader, slot)))
+    assert reader.vacant() is None
+    del read[1]
+    assert reader.vacant() == 1
+    read.clear()
+    assert reader.vacant() == 0
 
-    class Interrupted(np.ndarray):
-        def __setitem__(self, key, value):
-            super().__setitem__(key, value)
-            writer.write(1 + writer.slots, np.full(8, 3, np.uint8))
 
-    with pytest.raises(TransportError, match="step 3, expected"):
-        reader.read(1, slot, np.zeros(8, np.uint8).view(Interrupted))
+def test_logits_outlive_their_segment(segment):
+    writer, reader = segment
+    logits = torch.randn(2, 3)
+    transport.put_logits(reply := reply_for(logits), logits, writer, 0)
+    taken = transport.take_logits(reply, 2, torch.float32, reader, 0)
+    reader.close()
+    writer.close()
+    assert torch.equal(taken, logits)
+
+
+def test_a_slot_that_was_not_asked_for_is_refused(segment):
+    writer, reader = segment
+    logits = torch.randn(2, 3)
+    transport.put_logits(reply := reply_for(logits), logits, writer, 1)
+    for asked, text in ((0, "0"), (None, "none")):
+        with pytest.raises(TransportError, match=f"slot: 1 was not asked for; it was {text}"):
+            transport.take_logits(reply, 2, torch.float32, reader, asked)
+    assert reader.vacant() == 0
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2 * SLOT_BYTES))
@@ -161,13 +190,13 @@ def test_only_the_step_that_was_written_can_be_read(step, slot, size):
     writer = transport.SegmentWriter(directory, SLOT_BYTES)
     reader = transport.SegmentReader(directory, offer(writer))
     writer.unlink()
-    writer.write(7, np.arange(9, dtype=np.uint8))
+    writer.write(7, 1, np.arange(9, dtype=np.uint8))
     try:
         if (step, slot, size) == (7, 1, 9):
-            assert read(reader, step, slot, size).tolist() == list(range(9))
+            assert reader.lend(step, slot, size).tolist() == list(range(9))
         else:
             with pytest.raises(TransportError):
-                read(reader, step, slot, size)
+                reader.lend(step, slot, size)
     finally:
         reader.close()
         writer.close()
@@ -180,7 +209,7 @@ def test_only_the_step_that_was_written_can_be_read(step, slot, size):
         {"name": ""},
         {"name": "token-swarm-" + "0" * 32 + "/"},
         {"slots": 0},
-        {"slots": 3},
+        {"slots": 2},
         {"slots": 10**6},
         {"slot_bytes": 0},
         {"slot_bytes": SLOT_BYTES + 64},
@@ -247,7 +276,7 @@ def test_garbage_is_never_logits(data, rows, shared):
         if len(reply.inline) == rows * 5 * 4:
             return
         with pytest.raises(TransportError):
-            transport.take_logits(reply, rows, torch.float32, reader)
+            transport.take_logits(reply, rows, torch.float32, reader, reply.slot)
     finally:
         if reader is not None:
             reader.close()
@@ -259,7 +288,7 @@ def test_bytes_of_another_size_are_refused(rows, width, shrink, data):
     reply = expert_pb2.StepReply(number=1, width=width, inline=data)
     size = rows * width * 2
     if rows and len(data) == size:
-        assert transport.take_logits(reply, rows, torch.bfloat16, None).shape == (rows, width)
+        assert transport.take_logits(reply, rows, torch.bfloat16, None, None).shape == (rows, width)
     else:
         with pytest.raises(TransportError):
-            transport.take_logits(reply, rows, torch.bfloat16, None)
+            transport.take_logits(reply, rows, torch.bfloat16, None, None)

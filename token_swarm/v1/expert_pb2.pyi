@@ -724,8 +724,11 @@ class Step(_message.Message):
 
     NUMBER_FIELD_NUMBER: _builtins.int
     OPS_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Number of the step: 1, 2, 3 and so on in a stream."""
+    slot: _builtins.int
+    """Number of the slot of the shared file that takes the logits: the caller reads it no more. Unset: they travel inline."""
     @_builtins.property
     def ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___Op]:
         """The operations."""
@@ -735,12 +738,15 @@ class Step(_message.Message):
         *,
         number: _builtins.int = ...,
         ops: _abc.Iterable[Global___Op] | None = ...,
+        slot: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "ops", b"ops"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "number", b"number", "ops", b"ops", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
+    _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slot) -> _WhichOneofReturnType__slot | None: ...
 
 Global___Step: _TypeAlias = Step  # noqa: Y015
 
@@ -796,7 +802,7 @@ class StepReply(_message.Message):
     width: _builtins.int
     """Width of a logit row."""
     slot: _builtins.int
-    """Number of the slot of the shared file that holds them."""
+    """Number of the slot of the shared file that holds them: the step's."""
     inline: _builtins.bytes
     """The bytes themselves."""
     seconds: _builtins.float
