@@ -100,8 +100,9 @@ def test_one_hot_text_is_vllms_own(name: str) -> None:
         ensemble = LocalEnsemble({"expert": expert})
         decode = DecodeRequest(shaping=Shaping(0), max_tokens=TOKENS, max_bytes=10_000)
         texts = [ensemble.generate(prompt, Mixture({"expert": 1.0}, Rule.LINEAR), decode)[0] for prompt in PROMPTS]
-        prompts = [expert.encode(prompt).tokens for prompt in PROMPTS]
-        eos, vocabulary = expert.spec.vocabulary.eos_ids, expert.spec.vocabulary
+        numbering, vocabulary = expert.numbering, expert.spec.vocabulary
+        prompts = [numbering.to_model(expert.encode(prompt).tokens) for prompt in PROMPTS]
+        eos = numbering.to_model(vocabulary.eos_ids)
 
     from vllm import LLM, SamplingParams
 
@@ -116,7 +117,9 @@ def test_one_hot_text_is_vllms_own(name: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=TOKENS, stop_token_ids=list(eos))
     outputs = llm.generate([{"prompt_token_ids": list(tokens)} for tokens in prompts], params, use_tqdm=False)
     own = [
-        vocabulary.text([token for token in output.outputs[0].token_ids if token not in eos]).decode(errors="ignore")
+        vocabulary.text(
+            numbering.from_model(token for token in output.outputs[0].token_ids if token not in eos)
+        ).decode(errors="ignore")
         for output in outputs
     ]
     llm.llm_engine.engine_core.shutdown()
