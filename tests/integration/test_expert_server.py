@@ -257,6 +257,17 @@ async def test_logits_that_are_kept_stay_whole_and_the_next_travel_inline(tmp_pa
         assert torch.equal(row, expected[1][0])
 
 
+async def test_who_keeps_no_rows_keeps_no_slot(tmp_path):
+    async with serving(Writing(), tmp_path) as server, connected(server, tmp_path) as connection:
+        kept = []
+        for sequence in range(2 * transport.SLOTS):
+            result = await connection.step([Open(sequence, (1,)), Extend(sequence, (2,), Rows.NONE)])
+            assert not result.inline
+            kept.append(result.rows(1))
+            del result
+        assert [rows.shape for rows in kept] == [(0, VOCABULARY.width)] * len(kept)
+
+
 async def test_a_step_for_a_slot_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(transport.SegmentReader, "vacant", lambda _: transport.SLOTS)
     async with serving(toy(), tmp_path) as server, connected(server, tmp_path) as connection:

@@ -101,7 +101,8 @@ class StepResult:
     def rows(self, index: int) -> torch.Tensor:
         """Logit rows of operation `index`: [n, width]."""
         start, stop = self.spans[index]
-        return self.logits[start:stop]
+        # None are no view: whoever keeps it would keep the memory of all the others.
+        return self.logits[start:stop] if start < stop else self.logits.new_empty(0, self.logits.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
