@@ -70,12 +70,12 @@ def kernel_ratios() -> dict[str, float]:
     logits = [torch.randn(1, _WIDTH, generator=random) * 4 for _ in range(2)]  # [rows, vocab], float32
     weights = torch.full((1, 2), 0.5, dtype=torch.float64)
     mixed = (logits, weights, torch.ones_like(weights), Rule.LOG_LINEAR, torch.ones(_WIDTH, dtype=torch.bool))
-    law, order = torch.softmax(logits[0], 1), torch.randperm(_WIDTH, generator=random).to(torch.int32)
-    alone = (logits[0], torch.ones(1, dtype=torch.float64), order, _WIDTH)
+    law = torch.softmax(logits[0], 1)
+    alone = (logits[0], torch.ones(1, dtype=torch.float64), _WIDTH, _WIDTH)
     calls: dict[str, Callable[[Any], object]] = {
         "mix": lambda kernels: kernels.mix(*mixed),
         # As the byte unit calls it.
-        "prefix_mass": lambda kernels: kernels.prefix_mass(law, order, STRIDE),
+        "prefix_mass": lambda kernels: kernels.prefix_mass(law, _WIDTH, STRIDE),
     }
     ratios = {}
     for name, call in calls.items():

@@ -27,7 +27,7 @@ from token_swarm_server.cli.client import connect
 from bench import transport
 from bench.common import DEMO_EXPERTS, give, show
 from bench.kernels import interleaved
-from token_swarm.kernels import dispatch
+from token_swarm.kernels import STRIDE, dispatch
 from token_swarm.particle import Rule
 from token_swarm.v1 import swarm_pb2
 
@@ -92,12 +92,12 @@ async def by_vocabulary() -> list[dict[str, Any]]:
         weights, heat = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
         allowed = torch.ones(width, dtype=torch.bool)
         law = torch.softmax(logits, 1)
-        order = torch.randperm(width, generator=random).to(torch.int32)
         arguments = ([logits], weights, heat, Rule.LINEAR, allowed)
         mix, prefix = interleaved(
             [
                 lambda a=arguments: dispatch.mix(*a),  # type: ignore[misc]
-                lambda law=law, order=order: dispatch.prefix_mass(law, order),  # type: ignore[misc]
+                # As the byte unit calls it.
+                lambda law=law, width=width: dispatch.prefix_mass(law, width, STRIDE),  # type: ignore[misc]
             ],
             _KERNEL_SECONDS,
             lambda: None,

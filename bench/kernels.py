@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common import print_facts, print_json
-from token_swarm.kernels import dispatch, eager
+from token_swarm.kernels import STRIDE, dispatch, eager
 from token_swarm.particle import Rule
 
 EXPERTS = 3
@@ -169,13 +169,14 @@ def prefix_rows(device: torch.device, seconds: float, synchronise: Callable[[], 
     for width in WIDTHS:
         random = torch.Generator().manual_seed(width)
         table = torch.softmax(torch.randn(1, width, generator=random) * 4, 1).to(device)
-        order = torch.randperm(width, generator=random).to(device)
+        # As the byte unit calls it.
+        calls = [lambda k=k, t=table, w=width: k.prefix_mass(t, w, STRIDE) for k in (eager, dispatch)]  # type: ignore[misc]
         slow, fast = interleaved(
-            [lambda t=table, o=order: eager.prefix_mass(t, o), lambda t=table, o=order: dispatch.prefix_mass(t, o)],  # type: ignore[misc]
+            calls,
             seconds,
             synchronise,
         )
-        alone = on_device([lambda t=table, o=order: dispatch.prefix_mass(t, o)], seconds) if table.is_cuda else None  # type: ignore[misc]
+        alone = on_device(calls[1:], seconds) if table.is_cuda else None
         rows.append(Row("prefix_mass", f"B=1, V={width:,}", slow, fast, device_us=alone))
     return rows
 

@@ -65,6 +65,32 @@ inline void add_masses(const T* masses, const double* sums, int64_t tokens, int6
     }
 }
 
+// Multiplies masses [count] by a scale, and continues the sums over whole strides of the first `tokens` of them.
+TS_INLINE void scale_masses(float* masses, int64_t count, int64_t tokens, float scale, double& sum, double*& sums) {
+    static_assert(LANES == STRIDE || LANES == 2 * STRIDE);
+    int64_t i = 0;
+    for (; i + LANES <= tokens; i += LANES) {
+        const Floats x = load(masses + i) * splat(scale);
+        store(masses + i, x);
+        const Doubles low = widened(half(x, 0)), high = widened(half(x, 1));
+        if (LANES == STRIDE) {
+            *sums++ = sum += total(low + high);
+        } else {
+            *sums++ = sum += total(low);
+            *sums++ = sum += total(high);
+        }
+    }
+    int64_t whole = tokens / STRIDE * STRIDE;
+    for (double part = 0; i < count; i++) {
+        masses[i] *= scale;
+        if (i >= whole) continue;
+        part += double(masses[i]);
+        if (i % STRIDE < STRIDE - 1) continue;
+        *sums++ = sum += part;
+        part = 0;
+    }
+}
+
 // Probabilities [rows, width] in byte-sorted order and their sums. order: null where that is the order they have;
 // ordered: float [rows, tokens]; sums: double [rows, tokens / every + 1], what comes before tokens 0, every, 2 * every and
 // so on.
@@ -74,6 +100,12 @@ inline void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t eve
         const float* row = probabilities + r * width;
         double sum = 0;
         *sums++ = 0;
+        if (!order && every == STRIDE) {
+            std::copy(row, row + tokens, ordered);
+            scale_masses(ordered, tokens, tokens, 1, sum, sums);
+            ordered += tokens;
+            continue;
+        }
         int64_t left = every;
         for (int64_t i = 0; i < tokens; i++) {
             // The order jumps about in a table larger than the nearest caches.
@@ -116,32 +148,6 @@ TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs
     };
     auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) { return is_sound(run, logit, done); };
     return accumulate(runs, offsets, block, repair, n.offset, n.sum);
-}
-
-// Multiplies masses [count] by a scale, and continues the sums over whole strides of the first `tokens` of them.
-TS_INLINE void scale_masses(float* masses, int64_t count, int64_t tokens, float scale, double& sum, double*& sums) {
-    static_assert(LANES == STRIDE || LANES == 2 * STRIDE);
-    int64_t i = 0;
-    for (; i + LANES <= tokens; i += LANES) {
-        const Floats x = load(masses + i) * splat(scale);
-        store(masses + i, x);
-        const Doubles low = widened(half(x, 0)), high = widened(half(x, 1));
-        if (LANES == STRIDE) {
-            *sums++ = sum += total(low + high);
-        } else {
-            *sums++ = sum += total(low);
-            *sums++ = sum += total(high);
-        }
-    }
-    int64_t whole = tokens / STRIDE * STRIDE;
-    for (double part = 0; i < count; i++) {
-        masses[i] *= scale;
-        if (i >= whole) continue;
-        part += double(masses[i]);
-        if (i % STRIDE < STRIDE - 1) continue;
-        *sums++ = sum += part;
-        part = 0;
-    }
 }
 
 // The softmax of logits / temperature over the tokens in `order` (int32 [count], at least one; null for the first
