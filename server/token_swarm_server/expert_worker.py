@@ -138,9 +138,7 @@ class ExpertWorker:
         """Free what the stream holds, after the step that may be running. Never waits."""
         self._queue.put(stream)
 
-    async def submit(
-        self, stream: Stream, number: int, ops: tuple[Op, ...], slot: int | None = None
-    ) -> expert_pb2.StepReply:
+    async def submit(self, stream: Stream, number: int, ops: tuple[Op, ...], slot: int | None) -> expert_pb2.StepReply:
         """Queue a step and wait for its answer. A step whose caller stops waiting is not run if it can be.
 
         Raises whatever the expert's own `step` does.

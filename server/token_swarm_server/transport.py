@@ -198,7 +198,7 @@ def row_memory(slot: int, width: int, dtype: torch.dtype, segment: SegmentWriter
         size = rows * width * dtype.itemsize
         if not rows or size > segment.slot_bytes:
             return torch.empty(rows, width, dtype=dtype)
-        return torch.from_numpy(segment.room(slot, size)).view(dtype).view(rows, width)
+        return memory.on(segment.room(slot, size), (rows, width), dtype)
 
     return rows_memory
 

@@ -136,14 +136,7 @@ TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs
     x.scale[0] = n.scale = float(1.4426950408889634 / one.temperature);
     auto block = [&](std::pair<int64_t, int64_t> run, float offset) __attribute__((always_inline)) {
         const auto [low, high] = run;
-        const int32_t* ids = order + low;
-        const int64_t ahead = std::min(high - low, runs.back().second - 48 - low);
-        int64_t i = 0;
-        for (; i < ahead; i++) {
-            __builtin_prefetch(row + ids[i + 48]);
-            picked[i] = row[ids[i]];
-        }
-        for (; i < high - low; i++) picked[i] = row[ids[i]];
+        for (int64_t i = low; i < high; i++) picked[i - low] = row[order[i]];
         return powers<T, 1, true>(x, 0, high - low, offset, out + low);
     };
     auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) { return is_sound(run, logit, done); };
@@ -151,8 +144,9 @@ TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs
 }
 
 // The softmax of logits / temperature over the tokens in `order` (int32 [count], at least one; null for the first
-// `count`), in that order, and the sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride `stride` (elements); temperatures:
-// double [rows]; ordered: float [rows, count]; sums: double [rows, tokens / STRIDE + 1]. A bad row is NaN throughout.
+// `count`), in that order, and the sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride
+// `stride` (elements); temperatures: double [rows]; ordered: float [rows, count]; sums: double
+// [rows, tokens / STRIDE + 1]. A bad row is NaN throughout.
 inline void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const void* logits, int32_t dtype, int64_t stride,
                            const double* temperatures, const int32_t* order, float* ordered, double* sums) {
     static thread_local std::vector<float> offsets;
