@@ -9,18 +9,20 @@ from torch import nn
 from token_swarm.experts import cpu_linear
 from token_swarm.experts.cpu_linear import CpuLinear, holds_in_half_precision, pack_linears
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What the weights were stored in: each is packed in another way."""
 
-def linear(*, bias: bool, half: bool) -> nn.Linear:
+
+def linear(*, bias: bool, stored: torch.dtype, inner: int = 96, outputs: int = 200) -> nn.Linear:
     torch.manual_seed(1)
-    layer = nn.Linear(96, 200, bias=bias)
-    return layer.half().float() if half else layer
+    return nn.Linear(inner, outputs, bias=bias).to(stored).float()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("half", [True, False], ids=["float16 weights", "float32 weights"])
+@pytest.mark.parametrize("stored", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_the_plain_layer(bias, half, threads):
-    plain = linear(bias=bias, half=half)
+def test_equals_the_plain_layer(bias, stored, threads):
+    plain = linear(bias=bias, stored=stored)
     packed = CpuLinear(plain, threads, chain=30)
     with torch.inference_mode():
         for rows in (0, 1, 2, 3, 8, 31, 32, 33, 100):
@@ -30,10 +32,10 @@ def test_equals_the_plain_layer(bias, half, threads):
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("half", [True, False], ids=["float16 weights", "float32 weights"])
+@pytest.mark.parametrize("stored", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_outputs_in_another_order(bias, half):
-    plain = linear(bias=bias, half=half)
+def test_outputs_in_another_order(bias, stored):
+    plain = linear(bias=bias, stored=stored)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
     packed = CpuLinear(plain, 1, chain=None, outputs=order)
     with torch.inference_mode():
@@ -42,23 +44,12 @@ def test_outputs_in_another_order(bias, half):
             torch.testing.assert_close(packed(inputs), plain(inputs)[..., order], atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_weight_of_several_panels(bias, monkeypatch):
-    monkeypatch.setattr(cpu_linear, "_PANEL_BYTES", 64 * 2 * 96)
-    plain = linear(bias=bias, half=True)
-    packed = CpuLinear(plain, 1, chain=None)
-    with torch.inference_mode():
-        for rows in (1, 2, 8, 32):
-            inputs = torch.randn(1, rows, 96)
-            torch.testing.assert_close(packed(inputs), plain(inputs), atol=2e-6, rtol=2e-6)
-
-
 @pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this torch build has no FBGEMM"
 )
 def test_half_precision_is_used_only_where_it_is_exact():
-    assert CpuLinear(linear(bias=True, half=True), 1)._one_row is not None
-    assert CpuLinear(linear(bias=True, half=False), 1)._one_row is None
+    assert CpuLinear(linear(bias=True, stored=torch.float16), 1)._one_row is not None
+    assert CpuLinear(linear(bias=True, stored=torch.float32), 1)._one_row is None
 
 
 def summed_in_chains(inputs: torch.Tensor, weight: torch.Tensor, longest: int) -> torch.Tensor:
@@ -73,14 +64,13 @@ def summed_in_chains(inputs: torch.Tensor, weight: torch.Tensor, longest: int) -
     return total
 
 
-@pytest.mark.parametrize("half", [True, False], ids=["float16 weights", "float32 weights"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "float32"])
 @pytest.mark.parametrize("inner", [640, 2048])
-def test_rounds_no_more_than_its_chains(inner, half):
+def test_rounds_no_more_than_its_chains(inner, stored):
     """Root mean square against float64, which is steadier than the largest error. What `F.linear` rounds differs from
     processor to processor: the wider its vectors, the shorter its chains."""
     torch.manual_seed(2)
-    plain = nn.Linear(inner, 500, bias=False)
-    plain = plain.half().float() if half else plain
+    plain = nn.Linear(inner, 500, bias=False).to(stored).float()
     packed, whole = CpuLinear(plain, 1), CpuLinear(plain, 1, chain=None)
     with torch.inference_mode():
         for rows in (1, 3, 8, 21):

@@ -1,13 +1,13 @@
 """Linear layers for decoding on a CPU, where a step reads every weight for a handful of rows.
 
-Measured on one core with AVX2, float32, weight [49152, 576], milliseconds for 1 / 3 / 8 / 32 rows:
+Weights that bfloat16 keeps are multiplied by a kernel of ours where one thread works (`kernels.linear`). Others, and
+several threads: measured on one core with AVX2, float32, weight [49152, 576], milliseconds for 1 / 3 / 8 / 32 rows,
 `F.linear` 15 / 45 / 59 / 123, oneDNN packed 13 / 16 / 25 / -, FBGEMM with float16 weights 8 / 9 / 21 / 100.
 FBGEMM reads half the bytes and computes in float32, so it is exact where float16 holds the weights.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from token_swarm.kernels import native
+from token_swarm.kernels.linear import Bfloat16Linear, holds_in_bfloat16
+
 Product: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Packing: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], Product]
 
 _FEW_ROWS = 32
-"""From more rows on, `F.linear` is as fast as the packed products."""
+"""From more rows on, `F.linear` is as fast as the packed products of torch."""
 
 _CHAIN = 512
 """Longest partial sum of a packed product of several rows. FBGEMM and oneDNN add up the inner dimension in one chain
@@ -27,19 +30,15 @@ and round two to three times as much as `F.linear` does with AVX2 (root mean squ
 chains of at most 512, 1.3 to 1.6 times, and one chain more costs 10 microseconds a call. With one chain a step of
 Gemma 3 on random tokens was up to 1.5e-3 from a fresh prefill, with `F.linear` 4e-4."""
 
-_PANEL_BYTES = 5 << 20
-"""FBGEMM goes through the whole weight once for every six rows; a part that stays in the cache is fetched once.
-On the same core, weight [262144, 640], 1 / 6 / 8 / 12 rows: whole 23 / 30 / 54 / 60 ms, in parts 20 / 30 / 43 / 51."""
-
 _ROUNDING = 2.0**-23
 """Relative error of a weight matrix that disappears in the rounding of a float32 product."""
 
 
 class CpuLinear(nn.Module):
-    """A float32 `nn.Linear` with its weight packed for one row and, in parts of at most `chain` inputs, for few rows.
+    """A float32 `nn.Linear` with its weight packed for few rows.
 
-    The original parameters stay, shared with the embedding where they are tied, and serve many rows. A float16
-    packing takes 2 bytes per weight; one serves both where there is a single part, as with a `chain` of None.
+    The original parameters stay, shared with the embedding where they are tied. A packing takes 2 bytes per weight;
+    products of torch for several rows are summed in parts of at most `chain` inputs, which may need a second one.
     `outputs`: int64 [out features], the order in which the layer is to have its outputs.
     """
 
@@ -53,23 +52,22 @@ class CpuLinear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach()
         if outputs is not None:
             weight, bias = weight[outputs], None if bias is None else bias[outputs]
-        pack = _packing(weight, threads)
-        halves = pack is not None and pack is not _onednn_product
-        chains = 1 if chain is None else -(-linear.in_features // chain)
-        self._one_row = pack(weight, bias) if pack and halves else None
-        if chains == 1 and halves:
-            self._few_rows = self._one_row
+        self._any_rows = self._one_row = self._few_rows = None
+        if threads == 1 and native.library() is not None and holds_in_bfloat16(weight):
+            self._any_rows = Bfloat16Linear(weight, bias)
         else:
-            self._few_rows = _chained(pack, weight, bias, chains) if pack else None
+            self._one_row, self._few_rows = _products(weight, bias, chain)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in features] -> [..., out features]."""
-        rows = inputs.numel() // inputs.shape[-1]
-        product = self._one_row if rows == 1 else self._few_rows if 1 < rows <= _FEW_ROWS else None
+        product = self._any_rows or self._for_rows(inputs.numel() // inputs.shape[-1])
         if product is None:
             found = F.linear(inputs, self.weight, self.bias)
             return found if self._outputs is None else found[..., self._outputs]
         return product(inputs)
+
+    def _for_rows(self, rows: int) -> Product | None:
+        return self._one_row if rows == 1 else self._few_rows if 1 < rows <= _FEW_ROWS else None
 
 
 def pack_linears(
@@ -100,15 +98,17 @@ def holds_in_half_precision(weight: torch.Tensor) -> bool:
     return lost <= _ROUNDING**2 * held
 
 
-def _packing(weight: torch.Tensor, threads: int) -> Packing | None:
-    """The fastest packing that keeps `weight` exact, None when torch was built with neither."""
+def _products(
+    weight: torch.Tensor, bias: torch.Tensor | None, chain: int | None
+) -> tuple[Product | None, Product | None]:
+    """The fastest exact products of torch for one row and for few, None where `F.linear` is."""
+    chains = 1 if chain is None else -(-weight.shape[1] // chain)
     if "fbgemm" in torch.backends.quantized.supported_engines and holds_in_half_precision(weight):
-        # Torch announces that it will drop the product for one thread; the threaded one then takes over.
-        single = threads == 1 and hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation")
-        return _single_product if single else _threaded_product
+        one = _fbgemm_product(weight, bias)
+        return one, one if chains == 1 else _chained(_fbgemm_product, weight, bias, chains)
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return _onednn_product
-    return None
+        return None, _chained(_onednn_product, weight, bias, chains)
+    return None, None
 
 
 def _chained(pack: Packing, weight: torch.Tensor, bias: torch.Tensor | None, chains: int) -> Product:
@@ -127,27 +127,7 @@ def _chained(pack: Packing, weight: torch.Tensor, bias: torch.Tensor | None, cha
     return product
 
 
-def _single_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    """Some 30 microseconds less per call than the threaded product, but always on one thread."""
-    multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
-    offset = torch.zeros(weight.shape[0]) if bias is None else bias
-    # Two bytes a weight; FBGEMM packs rows by sixteen.
-    size = max(16, _PANEL_BYTES // (2 * weight.shape[1]) // 16 * 16)
-    with warnings.catch_warnings():
-        # Both functions say once per process that they are deprecated.
-        warnings.simplefilter("ignore")
-        panels = [
-            (torch.fbgemm_pack_gemm_matrix_fp16(part.contiguous()), offset_part)
-            for part, offset_part in zip(torch.split(weight, size), torch.split(offset, size), strict=True)
-        ]
-        multiply(weight[:1], *panels[0])
-    if len(panels) == 1:
-        packed, offset = panels[0]
-        return lambda inputs: multiply(inputs, packed, offset)
-    return lambda inputs: torch.cat([multiply(inputs, packed, offset) for packed, offset in panels], dim=-1)
-
-
-def _threaded_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+def _fbgemm_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     packed = torch.ops.quantized.linear_prepack_fp16.default(weight, bias)
     multiply = torch.ops.quantized.linear_dynamic_fp16.default
     return lambda inputs: multiply(inputs, packed)

@@ -54,6 +54,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "ts_choose": [_I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
     "ts_prefix_mass": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
     "ts_softmax_masses": [_I64, _I64, _I64, _PTR, _I32, _I64, _PTR, _PTR, _PTR, _PTR],
+    "ts_linear": [_I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
     "ts_score_linear": [_I64, _I64, _I64, _PTR, _I64, _PTR, _PTR, _PTR],
     "ts_score_log_linear": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
 }  # fmt: skip
@@ -64,19 +65,22 @@ _LEVELS = ("baseline", "AVX2", "AVX-512")
 
 def instruction_set(at_most: str | None = None) -> str:
     """The instruction set in use; `at_most` one of `baseline`, `AVX2` and `AVX-512` holds it down from now on."""
-    loaded = library()
-    if loaded is None:
-        raise RuntimeError("the C++ kernels were not built: install with a C++ compiler at hand")
+    loaded = require()
     if at_most is not None:
         loaded.ts_force_level(_LEVELS.index(at_most))
     return _LEVELS[loaded.ts_level()]
 
 
-def _call(name: str, *arguments: object) -> None:
+def require() -> ctypes.CDLL:
+    """`library`, which has to be there. Raises RuntimeError."""
     loaded = library()
     if loaded is None:
         raise RuntimeError("the C++ kernels were not built: install with a C++ compiler at hand")
-    getattr(loaded, name)(*arguments)
+    return loaded
+
+
+def _call(name: str, *arguments: object) -> None:
+    getattr(require(), name)(*arguments)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -237,6 +241,13 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
         there.data_ptr(), own.data_ptr(), bounds.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def linear(rows: int, inner: int, outputs: int, pairs: Tensor, bias: Tensor, inputs: Tensor, out: Tensor) -> None:
+    """The product of `linear.Bfloat16Linear`, into `out`; nothing is checked."""
+    _call(
+        "ts_linear", rows, inner, outputs, pairs.data_ptr(), bias.data_ptr(), inputs.data_ptr(), out.data_ptr()
+    )  # fmt: skip
 
 
 def _order(order: Tensor | int) -> tuple[Tensor | None, int]:

@@ -1,0 +1,92 @@
+// Products of a few rows with a matrix of bfloat16 weights, as decoding needs them: as fast as the weights can be read.
+//
+// The weights lie in panels of 64 outputs, [panel][input][32] pairs: the lower half of a pair is the weight of one of the
+// first 32 outputs, the upper half that of the output 32 further on, so that a shift and a mask make floats of them. Every
+// step of the inner loop reads the next two lines of memory. A row is summed in the same order whatever other rows there are, in chains of at most CHAIN terms.
+
+constexpr int64_t PANEL = 64, PAIRS = PANEL / 2, CHAIN = 256;
+// Sums that fit the registers beside a weight and an input.
+constexpr int SUMS = LANES == 16 ? 24 : 12;
+constexpr int MOST_ROWS = SUMS / 2;
+
+// ROWS rows of VECTORS vectors, half of them from the first 32 outputs. inputs [inner, ROWS]. AHEAD: the panel is read for the first time.
+template <int ROWS, int VECTORS, bool AHEAD>
+TS_INLINE void product_of(int64_t inner, const uint32_t* weights, const float* inputs, const float* bias, float* out,
+                          int64_t stride) {
+    const auto place = [](int v) { return v / 2 * LANES + v % 2 * PAIRS; };
+    Floats sums[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = load(bias + place(v));
+    for (int64_t first = 0; first < inner; first += CHAIN) {
+        const int64_t last = std::min(first + CHAIN, inner);
+        Floats chain[ROWS][VECTORS] = {};
+        for (int64_t k = first; k < last; k++) {
+            if (AHEAD) fetch_ahead(weights + k * PAIRS, 2 * PANEL);
+            Floats weight[VECTORS];
+            for (int v = 0; v < VECTORS; v += 2) {
+                Ints pairs;
+                std::memcpy(&pairs, weights + k * PAIRS + v / 2 * LANES, sizeof pairs);
+                weight[v] = as_floats(pairs << 16);
+                weight[v + 1] = as_floats(pairs & splat(int32_t(0xffff0000)));
+            }
+            for (int r = 0; r < ROWS; r++) {
+                const Floats input = splat(inputs[k * ROWS + r]);
+                for (int v = 0; v < VECTORS; v++) chain[r][v] += weight[v] * input;
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += chain[r][v];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) store(out + r * stride + place(v), sums[r][v]);
+}
+
+// One panel and ROWS rows, in as few passes as the registers allow.
+template <int ROWS, bool AHEAD>
+void panel_product(int64_t inner, const uint32_t* weights, const float* inputs, const float* bias, float* out,
+                   int64_t stride) {
+    constexpr int WHOLE = PANEL / LANES;
+    constexpr int VECTORS = ROWS * WHOLE <= SUMS ? WHOLE : ROWS * 4 <= SUMS ? 4 : 2;
+    product_of<ROWS, VECTORS, AHEAD>(inner, weights, inputs, bias, out, stride);
+    for (int64_t at = VECTORS / 2 * LANES; at < PAIRS; at += VECTORS / 2 * LANES)
+        product_of<ROWS, VECTORS, false>(inner, weights + at, inputs, bias + at, out + at, stride);
+}
+
+template <int ROWS, bool AHEAD>
+TS_INLINE void few_rows(int64_t rows, int64_t inner, const uint32_t* weights, const float* inputs, const float* bias,
+                        float* out, int64_t stride) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return few_rows<ROWS - 1, AHEAD>(rows, inner, weights, inputs, bias, out, stride);
+    panel_product<ROWS, AHEAD>(inner, weights, inputs, bias, out, stride);
+}
+
+// inputs [rows, inner], out [rows, outputs], both without gaps; weights and bias padded to whole panels.
+void linear(int64_t rows, int64_t inner, int64_t outputs, const uint32_t* weights, const float* bias, const float* inputs,
+            float* out) {
+    // Blocks of nearly equal size: two of seven rows rather than twelve and two.
+    const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    const auto start = [&](int64_t block) { return rows * block / blocks; };
+    std::vector<float> turned(size_t(rows * inner));  // of each block [inner, its rows], one after another
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t from = start(block), some = start(block + 1) - from;
+        for (int64_t r = 0; r < some; r++)
+            for (int64_t k = 0; k < inner; k++) turned[size_t(from * inner + k * some + r)] = inputs[(from + r) * inner + k];
+    }
+    float edge[MOST_ROWS * PANEL];
+    for (int64_t first = 0; first < outputs; first += PANEL) {
+        const int64_t count = std::min(PANEL, outputs - first);
+        const uint32_t* panel = weights + first / 2 * inner;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t from = start(block), some = start(block + 1) - from;
+            const float* own = turned.data() + from * inner;
+            float* to = count == PANEL ? out + from * outputs + first : edge;
+            const int64_t stride = count == PANEL ? outputs : PANEL;
+            if (block == 0)
+                few_rows<MOST_ROWS, true>(some, inner, panel, own, bias + first, to, stride);
+            else
+                few_rows<MOST_ROWS, false>(some, inner, panel, own, bias + first, to, stride);
+            for (int64_t r = 0; to == edge && r < some; r++)
+                std::memcpy(out + (from + r) * outputs + first, edge + r * PANEL, size_t(count) * sizeof(float));
+        }
+    }
+}
