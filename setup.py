@@ -5,7 +5,7 @@ from __future__ import annotations
 from setuptools import Extension, setup
 
 PARTS = ["targets.inc", "simd.h", "mix.h", "sampling.h", "masses.h", "bytes.h"]
-PARTS += ["score_linear.h", "score_log_linear.h", "union.h", "linear.h", "walk.h"]
+PARTS += ["score_linear.h", "score_log_linear.h", "union.h", "linear.h", "norm.h", "walk.h"]
 SOURCES = "token_swarm/kernels/csrc"
 
 setup(

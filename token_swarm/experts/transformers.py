@@ -19,6 +19,7 @@ from token_swarm.experts.contract import (
     Open,
 )
 from token_swarm.experts.cpu_linear import pack_linears
+from token_swarm.experts.cpu_norm import pack_norms
 from token_swarm.experts.numbering import Numbering
 from token_swarm.experts.ops import row_count
 from token_swarm.experts.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
@@ -92,6 +93,7 @@ class TransformersExpert(PlannedExpert):
         head = self._model.get_output_embeddings()
         if self._device.type == "cpu":
             pack_linears(self._model, torch.get_num_threads(), head, columns)
+            pack_norms(self._model)
         # What is not packed stays as it is in memory: its rows are put in order one by one.
         self._columns = columns if self._model.get_output_embeddings() is head else None
         try:

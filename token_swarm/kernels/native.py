@@ -55,6 +55,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "ts_prefix_mass": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
     "ts_softmax_masses": [_I64, _I64, _I64, _PTR, _I32, _I64, _PTR, _PTR, _PTR, _PTR],
     "ts_linear": [_I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
+    "ts_rms_norm": [_I64, _I64, _PTR, _PTR, _F64, _PTR],
     "ts_score_linear": [_I64, _I64, _I64, _PTR, _I64, _PTR, _PTR, _PTR],
     "ts_score_log_linear": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
 }  # fmt: skip
@@ -248,6 +249,15 @@ def linear(rows: int, inner: int, outputs: int, pairs: Tensor, bias: Tensor, inp
     _call(
         "ts_linear", rows, inner, outputs, pairs.data_ptr(), bias.data_ptr(), inputs.data_ptr(), out.data_ptr()
     )  # fmt: skip
+
+
+def rms_norm(hidden: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """As `F.rms_norm` over the last dimension of float32 `hidden`, `gain` its weight."""
+    table, width = hidden.contiguous(), gain.numel()
+    out = torch.empty(table.shape)
+    rows = table.numel() // width
+    _call("ts_rms_norm", rows, width, table.data_ptr(), gain.data_ptr(), epsilon, out.data_ptr())
+    return out
 
 
 def _order(order: Tensor | int) -> tuple[Tensor | None, int]:

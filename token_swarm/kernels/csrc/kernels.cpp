@@ -152,4 +152,8 @@ TS_API void ts_linear(int64_t rows, int64_t inner, int64_t outputs, const uint32
     TS_PICK(linear)(rows, inner, outputs, weights, bias, inputs, out);
 }
 
+TS_API void ts_rms_norm(int64_t rows, int64_t width, const float* x, const float* gain, double epsilon, float* out) {
+    TS_PICK(rms_norm)(rows, width, x, gain, epsilon, out);
+}
+
 #include "walk.h"
