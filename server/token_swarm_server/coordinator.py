@@ -164,4 +164,4 @@ def _defaults(settings: Settings, engine: Engine) -> Defaults:
     rule = Rule(coordinator.rule)
     mixture = Mixture(coordinator.weights, rule) if coordinator.weights else engine.ensemble.uniform(rule)
     mixture.require_known(engine.ensemble.specs)
-    return Defaults(mixture, coordinator.epsilon, coordinator.window, coordinator.max_seconds)
+    return Defaults(mixture, coordinator.epsilon, coordinator.window, coordinator.draft_tokens, coordinator.max_seconds)

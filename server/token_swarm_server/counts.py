@@ -88,7 +88,8 @@ class RequestCounts:
 
 @dataclass
 class ExpertCounts:
-    """One expert's work. `lost`: how often it went away. `tokens_out`: of its vocabulary, in the finished texts."""
+    """One expert's work. `lost`: how often it went away. `tokens_out`: of its vocabulary, in the finished texts;
+    `drafted`, `accepted`: see `decoding.decoder.ExpertUse`."""
 
     lost: int = 0
     steps: int = 0
@@ -96,6 +97,8 @@ class ExpertCounts:
     rows: int = 0
     tokens: int = 0
     tokens_out: int = 0
+    drafted: int = 0
+    accepted: int = 0
     prompt_tokens: int = 0
     transport_bytes: int = 0
     seconds: Histogram = field(default_factory=lambda: Histogram(STEP_SECONDS))
@@ -164,6 +167,9 @@ class Counts(Sink):
         requests.dropped += len(outcome.dropped)
         for name, tokens in outcome.tokens.items():
             self.experts[name].tokens_out += tokens
+        for name, drafted in outcome.drafted.items():
+            self.experts[name].drafted += drafted
+            self.experts[name].accepted += outcome.accepted[name]
         requests.total.add(watch.ended_at - watch.started_at)
         requests.prompt_size.add(watch.prompt_bytes)
         if watch.kind == "generate":

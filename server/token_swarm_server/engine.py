@@ -70,6 +70,7 @@ class Engine:
         self.changed: Callable[[], None] = lambda: None
         """Called whenever an expert was lost or came back."""
         self._lanes = limits.lanes_per_expert
+        self._draft_rows = limits.draft_rows
         self._wait_seconds = limits.wait_seconds
         sequences = {name: spec.max_sequences for name, spec in ensemble.specs.items()}
         for name, count in sequences.items():
@@ -100,7 +101,7 @@ class Engine:
         made: list[Engine] = []
 
         def writers() -> int:
-            return sum(text.being_written for text in made[0].texts) if made else 0
+            return made[0].writers if made else 0
 
         def changed() -> None:
             if made:
@@ -142,6 +143,15 @@ class Engine:
         """Experts that take work now."""
         return sum(link.state is LinkState.READY for link in self.links.values())
 
+    @property
+    def writers(self) -> int:
+        """Texts whose prompt has been read."""
+        return sum(text.being_written for text in self.texts)
+
+    def _drafts(self) -> int:
+        """Tokens that each text may draft now: a step has so much room, and every text needs a token of it."""
+        return max(0, self._draft_rows // max(1, self.writers) - 1)
+
     async def generate(
         self, prompt: Prompt, request: DecodeRequest, watch: Watch
     ) -> AsyncGenerator[str | Finished, None]:
@@ -154,7 +164,14 @@ class Engine:
         self.admission.require_room(prompt.mixture.active.keys(), self._lanes, size)
         members = Members(self.links, prompt, self._wait_seconds, watch)
         text = Generation(
-            self.ensemble, members, request, allocate=self._allocate, lanes=self._lanes, pool=self.pool, watch=watch
+            self.ensemble,
+            members,
+            request,
+            allocate=self._allocate,
+            lanes=self._lanes,
+            drafts=self._drafts,
+            pool=self.pool,
+            watch=watch,
         )
         await text.open()
         opened = time.perf_counter()
@@ -177,6 +194,8 @@ class Engine:
                 reason=finish.reason.value,
                 tokens={name: use.tokens for name, use in finish.experts.items()},
                 shares={name: use.share for name, use in finish.experts.items()},
+                drafted={name: use.drafted for name, use in finish.experts.items()},
+                accepted={name: use.accepted for name, use in finish.experts.items()},
                 dropped=tuple(members.dropped),
                 reopened=members.reopened,
             )

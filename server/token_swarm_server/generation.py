@@ -169,7 +169,10 @@ class Members:
 
 
 class Generation:
-    """A text that is being written. `open` makes the decoder, `pieces` runs it, `close` frees the KV."""
+    """A text that is being written. `open` makes the decoder, `pieces` runs it, `close` frees the KV.
+
+    drafts: says how many tokens may be drafted now.
+    """
 
     def __init__(
         self,
@@ -179,6 +182,7 @@ class Generation:
         *,
         allocate: Callable[[str], int],
         lanes: int,
+        drafts: Callable[[], int],
         pool: MixingPool,
         watch: Watch,
     ) -> None:
@@ -189,6 +193,7 @@ class Generation:
         self._request = request
         self._allocate = allocate
         self._lanes = lanes
+        self._drafts = drafts
         self._pool = pool
         self._watch = watch
         self._decoder: Decoder | None = None
@@ -260,7 +265,7 @@ class Generation:
     def _ask(self) -> None:
         """Submit what the decoder needs next, if it needs anything."""
         started = time.perf_counter()
-        calls = self._opened.calls()
+        calls = self._opened.calls(self._drafts())
         self._watch.mixed(time.perf_counter() - started)
         self._round = self.members.ask(calls) if calls else None
         self._end_pause()

@@ -56,6 +56,8 @@ _EXPERT_COUNTERS = (
     ("expert_transport_bytes", "Bytes of logits that came back.", "transport_bytes"),
     ("prompt_tokens", "Tokens of the prompts, in each expert's own vocabulary.", "prompt_tokens"),
     ("generation_tokens", "Tokens of the finished texts, in each expert's own vocabulary.", "tokens_out"),
+    ("spec_decode_num_draft_tokens", "Tokens that were computed ahead of the finished texts.", "drafted"),
+    ("spec_decode_num_accepted_tokens", "Of those, the ones that the texts went on with.", "accepted"),
 )
 _KV_GAUGES = (
     ("expert_kv_sequences", "Sequences in the KV cache.", "sequences"),

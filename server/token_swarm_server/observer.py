@@ -57,13 +57,16 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a text ended. `tokens`, `shares`: by expert. `reason`: a FinishReason in lower case, such as max_bytes."""
+    """How a text ended. `reason`: a FinishReason in lower case, such as max_bytes. By expert: `tokens`, `shares`, and
+    tokens that were `drafted` and of these `accepted`."""
 
     reason: str
     tokens: Mapping[str, int] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
     dropped: Sequence[str] = ()
     reopened: int = 0
+    drafted: Mapping[str, int] = field(default_factory=dict)
+    accepted: Mapping[str, int] = field(default_factory=dict)
 
 
 class Sink:

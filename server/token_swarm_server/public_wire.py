@@ -53,7 +53,12 @@ def mixture_to_proto(mixture: Mixture) -> swarm_pb2.Mixture:
 
 
 def request_from_proto(
-    message: swarm_pb2.GenerateRequest, *, epsilon: float, window: int | None, default_max_bytes: int
+    message: swarm_pb2.GenerateRequest,
+    *,
+    epsilon: float,
+    window: int | None,
+    draft_tokens: int,
+    default_max_bytes: int,
 ) -> DecodeRequest:
     """How to decode; what the message leaves open gets the server's defaults, the seed a random one.
 
@@ -84,6 +89,7 @@ def request_from_proto(
         stop=tuple(stop.encode() for stop in message.stop),
         epsilon=message.epsilon if message.HasField("epsilon") else epsilon,
         window=window,
+        draft_tokens=message.draft_tokens if message.HasField("draft_tokens") else draft_tokens,
     )
 
 
@@ -103,7 +109,13 @@ def finish_to_proto(finished: Finished, request: DecodeRequest) -> swarm_pb2.Fin
         bytes=finish.length,
         experts=[
             swarm_pb2.ExpertUsage(
-                expert=name, tokens=use.tokens, forwards=use.forwards, wasted_forwards=use.wasted, share=use.share
+                expert=name,
+                tokens=use.tokens,
+                forwards=use.forwards,
+                wasted_forwards=use.wasted,
+                share=use.share,
+                draft_tokens=use.drafted,
+                accepted_draft_tokens=use.accepted,
             )
             for name, use in finish.experts.items()
         ],

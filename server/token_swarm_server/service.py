@@ -34,6 +34,7 @@ class Defaults:
     mixture: Mixture
     epsilon: float
     window: int | None
+    draft_tokens: int
     max_seconds: float
 
 
@@ -76,7 +77,11 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
 
     async def _generate(self, request: swarm_pb2.GenerateRequest, context: Context, watch: Watch) -> None:
         decode = public_wire.request_from_proto(
-            request, epsilon=self._defaults.epsilon, window=self._defaults.window, default_max_bytes=DEFAULT_MAX_BYTES
+            request,
+            epsilon=self._defaults.epsilon,
+            window=self._defaults.window,
+            draft_tokens=self._defaults.draft_tokens,
+            default_max_bytes=DEFAULT_MAX_BYTES,
         )
         policy = public_wire.policy_from_proto(request.on_expert_failure)
         prompt = Prompt(request.prompt, request.chat, self._mixture(request), policy)

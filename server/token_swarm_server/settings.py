@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from token_swarm.experts.vllm_options import check_options, parse_value
-from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
+from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
 from token_swarm_server.addresses import parse_listen
 
@@ -205,6 +205,10 @@ class CoordinatorSettings(BaseModel):
     epsilon: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_EPSILON
     window: Annotated[int, Field(ge=1)] | None = DEFAULT_WINDOW
     lanes_per_expert: Annotated[int, Field(ge=1)] = 2
+    draft_tokens: Annotated[int, Field(ge=0, le=MOST_DRAFT_TOKENS)] = 4
+    """Most tokens that an expert computes beyond what a text needs, of a request that does not say; 0: none."""
+    draft_rows: Annotated[int, Field(ge=1)] = 6
+    """Tokens that a step of an expert takes without taking longer; drafts of the running texts share them."""
     mixing_threads: Annotated[int, Field(ge=1)] | None = None
     """Texts that are mixed at the same time; default: one for each core that the coordinator may use, at most 8."""
     max_queue: Annotated[int, Field(ge=0)] = 64

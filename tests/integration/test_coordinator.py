@@ -102,7 +102,7 @@ async def test_the_stream_is_what_one_process_would_generate(tmp_path: Path, rul
             )
             text, finish = await collect(running.stub.Generate(request))
             local = LocalEnsemble(toys([NESTED, LONG], max_context=200))
-            decode = DecodeRequest(shaping=Shaping(0.9), seed=seed, max_bytes=60, stop=(b"abba",))
+            decode = DecodeRequest(shaping=Shaping(0.9), seed=seed, max_bytes=60, stop=(b"abba",), draft_tokens=4)
             expected, own = local.generate("cab", Mixture(weights, rule), decode)
             assert text == expected
             assert finish.bytes == len(text.encode()) == own.length
@@ -110,8 +110,8 @@ async def test_the_stream_is_what_one_process_would_generate(tmp_path: Path, rul
             assert finish.seed == seed
             assert finish.unit == swarm_pb2.UNIT_BYTE
             assert sum(use.share for use in finish.experts) == pytest.approx(1)
-            assert {use.expert: use.forwards for use in finish.experts} == {
-                name: use.forwards for name, use in own.experts.items()
+            assert {use.expert: (use.forwards, use.draft_tokens, use.accepted_draft_tokens) for use in finish.experts} == {
+                name: (use.forwards, use.drafted, use.accepted) for name, use in own.experts.items()
             }
             assert 0 <= finish.timings.queue_seconds <= finish.timings.total_seconds
 

@@ -32,7 +32,7 @@ def a_text(observer: Observer, *, error: BaseException | None = None, **call: An
         watch.text(2)
         if error is not None:
             raise error
-        watch.finished(Outcome("max_bytes", {"a": 2, "b": 1}, {"a": 0.25, "b": 0.75}, ("b",), 1))
+        watch.finished(Outcome("max_bytes", {"a": 2, "b": 1}, {"a": 0.25, "b": 0.75}, ("b",), 1, {"a": 5}, {"a": 3}))
     return watch
 
 

@@ -81,6 +81,8 @@ def test_metrics_say_what_happened() -> None:
         "expert_transport_bytes_total": {a: 1200, b: 0},
         "prompt_tokens_total": {a: 8, b: 10},
         "generation_tokens_total": {a: 2, b: 1},
+        "spec_decode_num_draft_tokens_total": {a: 5, b: 0},
+        "spec_decode_num_accepted_tokens_total": {a: 3, b: 0},
         "expert_up": {a: 1, b: 0},
         "expert_lost_total": {a: 0, b: 1},
         "expert_restarts_total": {a: 2, b: 0},

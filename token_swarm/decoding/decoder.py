@@ -28,16 +28,19 @@ class ExpertUse:
     """What one expert contributed to a text.
 
     tokens: of its own tokenizer in the text. forwards: logit rows asked of it. wasted: of those, rows for
-    histories the text did not take. share: mean posterior share of the chosen symbols.
+    histories the text did not take. drafted: of those asked, rows of drafts; accepted: of these, the ones that the
+    text needed. share: mean posterior share of the chosen symbols.
     """
 
     tokens: int
     forwards: int
     wasted: int
+    drafted: int
+    accepted: int
     share: float
 
 
-_UNUSED = ExpertUse(0, 0, 0, 0.0)
+_UNUSED = ExpertUse(0, 0, 0, 0, 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -136,12 +139,14 @@ class Decoder:
         self._forwards = Forwards(unit, self._allocate, self._lanes_per_expert)
         return closing
 
-    def calls(self) -> Calls:
-        """Operations to run next, by expert; empty when the text has ended."""
+    def calls(self, drafts: int | None = None) -> Calls:
+        """Operations to run next, by expert; empty when the text has ended. `drafts`: fewer tokens of a draft than the
+        request allows, where there is no room for them."""
         if self.finished:
             return {}
+        most = self._request.draft_tokens if drafts is None else min(drafts, self._request.draft_tokens)
         try:
-            return self._forwards.calls(self._unit.due() if self._needs is None else self._needs)
+            return self._forwards.calls(self._unit.due() if self._needs is None else self._needs, most)
         except ContextFull:
             self._finish(FinishReason.CONTEXT_FULL, len(self._text))
             return {}
@@ -158,10 +163,13 @@ class Decoder:
             self._forwards.resume(outcomes)
         except ContextFull:
             self._finish(FinishReason.CONTEXT_FULL, len(self._text))
-        while not self.finished and not (needs := self._unit.due()):
-            self._walk()
-        if not self.finished:
-            self._needs = needs
+        while not self.finished:
+            needs = self._unit.due()
+            if not needs:
+                self._walk()
+            elif not self._forwards.serve(needs):
+                self._needs = needs
+                break
 
     def take_text(self) -> str:
         """Text that became showable since the last call: complete code points only."""
@@ -240,6 +248,8 @@ class Decoder:
                     tokens=before.tokens + self._unit.own_tokens(index),
                     forwards=before.forwards + len(forwarded),
                     wasted=before.wasted + len(forwarded) - on_path,
+                    drafted=before.drafted + self._forwards.drafted[index],
+                    accepted=before.accepted + self._forwards.accepted[index],
                     share=0.0,
                 )
         return {

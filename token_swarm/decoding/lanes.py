@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from token_swarm.experts.contract import Close, Extend, Fork, Op, Open, Truncate
+from token_swarm.experts.contract import Close, Extend, Fork, Op, Open, Rows, Truncate
 
 Tokens = tuple[int, ...]
 
@@ -26,11 +26,13 @@ class Lane:
 class LanePlan:
     """What one step does: `ops`, and per wanted history the index of the operation that returns its row.
 
-    A history without a lane (None) has to wait for the next step.
+    A history without a lane (None) has to wait for the next step. `drafted`: the index of the operation that returns
+    the rows of the draft.
     """
 
     ops: list[Op]
     rows: list[int | None]
+    drafted: int | None = None
 
 
 class LaneTable:
@@ -43,8 +45,11 @@ class LaneTable:
         self._limit = limit
         self._lanes: list[Lane] = []
 
-    def plan(self, histories: Sequence[Tokens], keep: Callable[[], Tokens] = lambda: ()) -> LanePlan:
-        """Operations after which every placed history has returned its logit row.
+    def plan(
+        self, histories: Sequence[Tokens], keep: Callable[[], Tokens] = lambda: (), draft: Tokens = ()
+    ) -> LanePlan:
+        """Operations after which every placed history has returned its logit row, and each token of `draft`, which
+        may follow the first of them, as well.
 
         `keep`: a history that may be extended later, whose KV is better forked than cut away while lanes are free. It
         is asked for only when a lane would be cut.
@@ -55,9 +60,10 @@ class LaneTable:
         cuts: list[Op] = []
         forwards: list[Op] = []
         placed: list[int | None] = []  # indices in `forwards`
+        drafted: int | None = None
         held = {lane: lane.tokens for lane in self._lanes}  # as before this step
         taken: set[Lane] = set()
-        for tokens in histories:
+        for index, tokens in enumerate(histories):
             # The last token is forwarded again when a lane holds all of them: only a forward returns logits.
             source, shared = None, 0
             for lane, kept in held.items():
@@ -83,9 +89,13 @@ class LaneTable:
             lane.tokens = tokens
             taken.add(lane)
             placed.append(len(forwards) - 1)
+            if draft and index == 0:
+                drafted = len(forwards)
+                forwards.append(Extend(lane.sequence, draft, Rows.ALL))
+                lane.tokens += draft
         structure = forks + cuts
-        rows = [None if index is None else index + len(structure) for index in placed]
-        return LanePlan(structure + forwards, rows)
+        rows = [None if place is None else place + len(structure) for place in placed]
+        return LanePlan(structure + forwards, rows, None if drafted is None else drafted + len(structure))
 
     def _vacant(self, taken: Collection[Lane], held: dict[Lane, Tokens], ops: list[Op]) -> Lane | None:
         if not self._has_room:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from token_swarm.errors import BadParameter
-from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
+from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.union_unit import DEFAULT_FLOOR
@@ -30,7 +30,8 @@ class DecodeRequest:
     max_tokens counts the tokens of the expert that needs fewest, max_bytes the bytes of the text; the first limit
     reached ends it. Stop strings are matched on bytes and are not part of the text. epsilon and window: see
     `token_swarm.mixing.byte_group`. union_floor: log-probability of a token that an expert lacks, in the union unit
-    under the log-linear rule.
+    under the log-linear rule. draft_tokens: most tokens that each expert forwards beyond what the text needs at that
+    point, see `token_swarm.decoding.drafts`; the text is the same.
     """
 
     shaping: Shaping = field(default_factory=Shaping)
@@ -42,6 +43,7 @@ class DecodeRequest:
     epsilon: float = DEFAULT_EPSILON
     window: int | None = DEFAULT_WINDOW
     union_floor: float = DEFAULT_FLOOR
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -57,5 +59,7 @@ class DecodeRequest:
             raise BadParameter("window", self.window, "an integer >= 1")
         if not -math.inf < self.union_floor < 0:
             raise BadParameter("union_floor", self.union_floor, "a finite number < 0 (nats)")
+        if not 0 <= self.draft_tokens <= MOST_DRAFT_TOKENS:
+            raise BadParameter("draft_tokens", self.draft_tokens, f"an integer in [0, {MOST_DRAFT_TOKENS}]")
         if not 0 <= self.seed < 2**64:
             raise BadParameter("seed", self.seed, "an integer in [0, 2^64)")

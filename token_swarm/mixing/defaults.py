@@ -5,3 +5,6 @@ DEFAULT_EPSILON = 0.1
 
 DEFAULT_WINDOW = 8
 """Bytes; about two tokens."""
+
+MOST_DRAFT_TOKENS = 16
+"""Of a request. Rows of a step are few, and a guess of so many tokens is hardly ever right."""

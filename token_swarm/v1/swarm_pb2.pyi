@@ -306,6 +306,7 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     EPSILON_FIELD_NUMBER: _builtins.int
     ON_EXPERT_FAILURE_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request in logs and traces. Empty: the server picks one."""
     prompt: _builtins.str
@@ -328,6 +329,10 @@ class GenerateRequest(_message.Message):
     """
     on_expert_failure: Global___OnExpertFailure.ValueType
     """What happens when an expert fails."""
+    draft_tokens: _builtins.int
+    """Most tokens, at most 16, that each expert may compute beyond what the text needs at that point, because they came
+    there before; the text stays the same. 0: none. Absent: the server's default. Fewer while many texts are written.
+    """
     @_builtins.property
     def mixture(self) -> Global___Mixture:
         """Weights given with the request."""
@@ -355,11 +360,14 @@ class GenerateRequest(_message.Message):
         stop: _abc.Iterable[_builtins.str] | None = ...,
         epsilon: _builtins.float | None = ...,
         on_expert_failure: Global___OnExpertFailure.ValueType = ...,
+        draft_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_max_bytes", b"_max_bytes", "_max_tokens", b"_max_tokens", "epsilon", b"epsilon", "max_bytes", b"max_bytes", "max_tokens", b"max_tokens", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens", "_epsilon", b"_epsilon", "_max_bytes", b"_max_bytes", "_max_tokens", b"_max_tokens", "draft_tokens", b"draft_tokens", "epsilon", b"epsilon", "max_bytes", b"max_bytes", "max_tokens", b"max_tokens", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_max_bytes", b"_max_bytes", "_max_tokens", b"_max_tokens", "chat", b"chat", "epsilon", b"epsilon", "max_bytes", b"max_bytes", "max_tokens", b"max_tokens", "mixing", b"mixing", "mixture", b"mixture", "on_expert_failure", b"on_expert_failure", "particle", b"particle", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens", "_epsilon", b"_epsilon", "_max_bytes", b"_max_bytes", "_max_tokens", b"_max_tokens", "chat", b"chat", "draft_tokens", b"draft_tokens", "epsilon", b"epsilon", "max_bytes", b"max_bytes", "max_tokens", b"max_tokens", "mixing", b"mixing", "mixture", b"mixture", "on_expert_failure", b"on_expert_failure", "particle", b"particle", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__draft_tokens: _TypeAlias = _typing.Literal["draft_tokens"]  # noqa: Y015
+    _WhichOneofArgType__draft_tokens: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens"]  # noqa: Y015
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
     _WhichOneofReturnType__max_bytes: _TypeAlias = _typing.Literal["max_bytes"]  # noqa: Y015
@@ -368,6 +376,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType_mixing: _TypeAlias = _typing.Literal["particle", "mixture"]  # noqa: Y015
     _WhichOneofArgType_mixing: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_tokens) -> _WhichOneofReturnType__draft_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
     @_typing.overload
@@ -412,6 +422,8 @@ class ExpertUsage(_message.Message):
     FORWARDS_FIELD_NUMBER: _builtins.int
     WASTED_FORWARDS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     expert: _builtins.str
     """Name of the expert."""
     tokens: _builtins.int
@@ -422,6 +434,10 @@ class ExpertUsage(_message.Message):
     """Those of them whose tokenization was abandoned."""
     share: _builtins.float
     """Mean posterior share of the expert in the chosen bytes or tokens, from 0 to 1."""
+    draft_tokens: _builtins.int
+    """Of the forwards, those of tokens that were drafted."""
+    accepted_draft_tokens: _builtins.int
+    """Of the drafted tokens, those that the text went on with."""
     def __init__(
         self,
         *,
@@ -430,10 +446,12 @@ class ExpertUsage(_message.Message):
         forwards: _builtins.int = ...,
         wasted_forwards: _builtins.int = ...,
         share: _builtins.float = ...,
+        draft_tokens: _builtins.int = ...,
+        accepted_draft_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "forwards", b"forwards", "share", b"share", "tokens", b"tokens", "wasted_forwards", b"wasted_forwards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "draft_tokens", b"draft_tokens", "expert", b"expert", "forwards", b"forwards", "share", b"share", "tokens", b"tokens", "wasted_forwards", b"wasted_forwards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -121,7 +121,7 @@ def _kernels() -> dict[str, str]:
 def config_facts(settings: Settings) -> dict[str, Any]:
     """The configuration that a server of our own was started with; no addresses, tokens or keys."""
     keys = ("model", "backend", "device", "dtype", "threads", "max_sequences", "max_context")
-    coordinator = ("rule", "weights", "epsilon", "window", "lanes_per_expert")
+    coordinator = ("rule", "weights", "epsilon", "window", "lanes_per_expert", "draft_tokens", "draft_rows")
     return {
         "experts": {name: {key: getattr(expert, key) for key in keys} for name, expert in settings.experts.items()},
         "coordinator": {key: getattr(settings.coordinator, key) for key in coordinator},

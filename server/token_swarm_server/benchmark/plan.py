@@ -25,6 +25,7 @@ class Plan:
     mixing: Mapping[str, Any] = field(default_factory=dict)
     unit: swarm_pb2.Unit.ValueType = swarm_pb2.UNIT_AUTO
     epsilon: float | None = None
+    draft_tokens: int | None = None
     temperature: float = 0.0
     text: str = PASSAGE
 
@@ -43,6 +44,5 @@ class Plan:
             prompt=prompt(self.prompt_bytes, seed, self.text),
             sampling=swarm_pb2.Sampling(temperature=self.temperature, seed=seed),
             max_bytes=self.max_bytes,
-            epsilon=self.epsilon,
-            **fields,
+            **{"epsilon": self.epsilon, "draft_tokens": self.draft_tokens, **fields},
         )

@@ -49,6 +49,7 @@ def latency(
     unit: options.UnitOption = options.UnitName.AUTO,
     temperature: Temperature = 0.0,
     epsilon: options.Epsilon = None,
+    draft_tokens: options.DraftTokens = None,
     seed: Seed = 0,
     text_file: Text = None,
     address: options.Address = None,
@@ -77,7 +78,9 @@ def latency(
     credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
     mixing = options.mixing_fields(weights, particle, rule)
     lengths = _numbers("--prompt-bytes", prompt_bytes, int)
-    plans = [_plan(length, max_bytes, mixing, unit, temperature, epsilon, text_file) for length in lengths]
+    plans = [
+        _plan(length, max_bytes, mixing, unit, temperature, epsilon, draft_tokens, text_file) for length in lengths
+    ]
 
     async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub, experts: list[str]) -> dict[str, Any]:
         # Without an expert beside it there is nothing to compare with.
@@ -122,6 +125,7 @@ def load(
     unit: options.UnitOption = options.UnitName.AUTO,
     temperature: Temperature = 0.0,
     epsilon: options.Epsilon = None,
+    draft_tokens: options.DraftTokens = None,
     seed: Seed = 0,
     text_file: Text = None,
     address: options.Address = None,
@@ -154,7 +158,7 @@ def load(
     bounds = parse_bounds(goodput) if goodput else {}
     credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
     mixing = options.mixing_fields(weights, particle, rule)
-    plan = _plan(prompt_bytes, max_bytes, mixing, unit, temperature, epsilon, text_file)
+    plan = _plan(prompt_bytes, max_bytes, mixing, unit, temperature, epsilon, draft_tokens, text_file)
 
     async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub, experts: list[str]) -> dict[str, Any]:
         both = alone and len(experts) > 1
@@ -238,6 +242,7 @@ def _plan(
     unit: options.UnitName,
     temperature: float,
     epsilon: float | None,
+    draft_tokens: int | None,
     text_file: Path | None,
 ) -> Plan:
     from token_swarm.v1 import swarm_pb2
@@ -250,6 +255,7 @@ def _plan(
         mixing=mixing,
         unit=swarm_pb2.Unit.Value(f"UNIT_{unit.name}"),
         epsilon=epsilon,
+        draft_tokens=draft_tokens,
         temperature=temperature,
         text=options.read_text("--text-file", None, text_file) if text_file else PASSAGE,
     )

@@ -33,6 +33,7 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to write.", min=1, max=_UINT64)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")] = None,
     epsilon: options.Epsilon = None,
+    draft_tokens: options.DraftTokens = None,
     address: options.Address = None,
     config: options.Config = None,
     token_file: options.TokenFile = None,
@@ -63,6 +64,7 @@ def generate(
         max_tokens=max_tokens,
         stop=[options.read_text("--stop", each) for each in stop or ()],
         epsilon=epsilon,
+        draft_tokens=draft_tokens,
         unit=swarm_pb2.Unit.Value(f"UNIT_{unit.name}"),
         **options.mixing_fields(weights, particle, rule),
     )

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from token_swarm.mixing.defaults import MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
 from token_swarm_server.cli.errors import CliError
 from token_swarm_server.settings import DEFAULT_LISTEN, ENV_PREFIX, ClientTls
@@ -51,6 +52,10 @@ UnitOption = Annotated[
     ),
 ]
 Epsilon = Annotated[float | None, typer.Option(help="Most total variation that a next-byte law may be off; 0: exact.")]
+DraftTokens = Annotated[
+    int | None,
+    typer.Option(help="Most tokens to compute ahead of the text; it stays the same.", min=0, max=MOST_DRAFT_TOKENS),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Render the prompt as the user's turn of a chat.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 # Never a flag with the token itself: every user of the machine sees the flags of every process.

@@ -56,7 +56,7 @@ def finish_line(finish: swarm_pb2.Finish) -> str:
 def finish_table(finish: swarm_pb2.Finish) -> Table:
     """What each expert did for a text, and how long a byte and one of its tokens took."""
     seconds = finish.timings.total_seconds
-    table = _table("expert", "share", "tokens", "forwards", "wasted", "ms/byte", "ms/token")
+    table = _table("expert", "share", "tokens", "forwards", "wasted", "drafts", "ms/byte", "ms/token")
     for use in finish.experts:
         table.add_row(
             use.expert,
@@ -64,6 +64,7 @@ def finish_table(finish: swarm_pb2.Finish) -> Table:
             str(use.tokens),
             str(use.forwards),
             str(use.wasted_forwards),
+            f"{use.accepted_draft_tokens} of {use.draft_tokens}" if use.draft_tokens else "-",
             _milliseconds(seconds, finish.bytes),
             _milliseconds(seconds, use.tokens),
         )

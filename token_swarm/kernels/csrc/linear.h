@@ -9,10 +9,21 @@ constexpr int64_t PANEL = 64, PAIRS = PANEL / 2, CHAIN = 256;
 constexpr int SUMS = LANES == 16 ? 24 : 12;
 constexpr int MOST_ROWS = SUMS / 2;
 
-// ROWS rows of VECTORS vectors, half of them from the first 32 outputs. inputs [inner, ROWS]. AHEAD: the panel is read for the first time.
-template <int ROWS, int VECTORS, bool AHEAD>
+// What a pass over a panel asks memory for: `step` bytes, at most two lines, for every input. The first passes over a panel
+// are as fast as memory, later ones would leave it idle: so each of several asks for its part of the next panel.
+struct Ahead {
+    const char* from;
+    int64_t step;
+    TS_METHOD void fetch(int64_t k) const {
+        __builtin_prefetch(from + k * step);
+        if (step > 64) __builtin_prefetch(from + k * step + 64);
+    }
+};
+
+// ROWS rows of VECTORS vectors, half of them from the first 32 outputs. inputs [inner, ROWS].
+template <int ROWS, int VECTORS>
 TS_INLINE void product_of(int64_t inner, const uint32_t* weights, const float* inputs, const float* bias, float* out,
-                          int64_t stride) {
+                          int64_t stride, Ahead ahead) {
     const auto place = [](int v) { return v / 2 * LANES + v % 2 * PAIRS; };
     Floats sums[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
@@ -21,7 +32,7 @@ TS_INLINE void product_of(int64_t inner, const uint32_t* weights, const float* i
         const int64_t last = std::min(first + CHAIN, inner);
         Floats chain[ROWS][VECTORS] = {};
         for (int64_t k = first; k < last; k++) {
-            if (AHEAD) fetch_ahead(weights + k * PAIRS, 2 * PANEL);
+            ahead.fetch(k);
             Floats weight[VECTORS];
             for (int v = 0; v < VECTORS; v += 2) {
                 Ints pairs;
@@ -41,23 +52,32 @@ TS_INLINE void product_of(int64_t inner, const uint32_t* weights, const float* i
         for (int v = 0; v < VECTORS; v++) store(out + r * stride + place(v), sums[r][v]);
 }
 
-// One panel and ROWS rows, in as few passes as the registers allow.
-template <int ROWS, bool AHEAD>
-void panel_product(int64_t inner, const uint32_t* weights, const float* inputs, const float* bias, float* out,
-                   int64_t stride) {
-    constexpr int WHOLE = PANEL / LANES;
-    constexpr int VECTORS = ROWS * WHOLE <= SUMS ? WHOLE : ROWS * 4 <= SUMS ? 4 : 2;
-    product_of<ROWS, VECTORS, AHEAD>(inner, weights, inputs, bias, out, stride);
-    for (int64_t at = VECTORS / 2 * LANES; at < PAIRS; at += VECTORS / 2 * LANES)
-        product_of<ROWS, VECTORS, false>(inner, weights + at, inputs, bias + at, out + at, stride);
+// Vectors of outputs that are summed in one pass over a panel.
+TS_INLINE constexpr int vectors_of(int64_t rows) {
+    return rows * (PANEL / LANES) <= SUMS ? PANEL / LANES : rows * 4 <= SUMS ? 4 : 2;
 }
 
-template <int ROWS, bool AHEAD>
-TS_INLINE void few_rows(int64_t rows, int64_t inner, const uint32_t* weights, const float* inputs, const float* bias,
-                        float* out, int64_t stride) {
+// Block `block` of `blocks`, ROWS rows, of one panel.
+template <int ROWS>
+void panel_product(int64_t inner, const uint32_t* weights, const float* inputs, const float* bias, float* out,
+                   int64_t stride, int64_t block, int64_t blocks) {
+    constexpr int VECTORS = vectors_of(ROWS), PASSES = PANEL / (VECTORS * LANES), STEP = VECTORS / 2 * LANES;
+    constexpr int64_t LINES = 4 * PAIRS;  // bytes of an input's weights
+    const int64_t passes = blocks * PASSES;
+    for (int pass = 0; pass < PASSES; pass++) {
+        const char* own = reinterpret_cast<const char*>(weights);
+        const int64_t step = LINES / passes, at = block * PASSES + pass;
+        const Ahead ahead = passes == 1 ? Ahead{own + 4096, LINES} : Ahead{own + inner * LINES + at * inner * step, step};
+        product_of<ROWS, VECTORS>(inner, weights + pass * STEP, inputs, bias + pass * STEP, out + pass * STEP, stride,
+                                  ahead);
+    }
+}
+
+template <int ROWS, class... A>
+TS_INLINE void few_rows(int64_t rows, A... arguments) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return few_rows<ROWS - 1, AHEAD>(rows, inner, weights, inputs, bias, out, stride);
-    panel_product<ROWS, AHEAD>(inner, weights, inputs, bias, out, stride);
+        if (rows < ROWS) return few_rows<ROWS - 1>(rows, arguments...);
+    panel_product<ROWS>(arguments...);
 }
 
 // inputs [rows, inner], out [rows, outputs], both without gaps; weights and bias padded to whole panels.
@@ -81,10 +101,7 @@ void linear(int64_t rows, int64_t inner, int64_t outputs, const uint32_t* weight
             const float* own = turned.data() + from * inner;
             float* to = count == PANEL ? out + from * outputs + first : edge;
             const int64_t stride = count == PANEL ? outputs : PANEL;
-            if (block == 0)
-                few_rows<MOST_ROWS, true>(some, inner, panel, own, bias + first, to, stride);
-            else
-                few_rows<MOST_ROWS, false>(some, inner, panel, own, bias + first, to, stride);
+            few_rows<MOST_ROWS>(some, inner, panel, own, bias + first, to, stride, block, blocks);
             for (int64_t r = 0; to == edge && r < some; r++)
                 std::memcpy(out + (from + r) * outputs + first, edge + r * PANEL, size_t(count) * sizeof(float));
         }
