@@ -25,7 +25,7 @@ from token_swarm_server.benchmark.plan import Plan
 from token_swarm_server.benchmark.tables import Table
 
 from bench.common import DEMO_EXPERTS, print_facts, print_json
-from bench.compare import Round, Swarm, round_ratios, swarm_turn
+from bench.compare import Round, Swarm, draft_turn, round_ratios, swarm_turn
 from bench.kernels import interleaved
 from token_swarm.kernels import STRIDE, dispatch, eager
 from token_swarm.particle import Rule
@@ -57,9 +57,10 @@ async def measure(options: argparse.Namespace, baseline: Mapping[str, float]) ->
 
 async def one_round(swarm: Swarm, options: argparse.Namespace, number: int, samples: Samples) -> None:
     """Add one sample of every ratio."""
-    found, plan, experts = Round(), Plan(options.prompt_bytes, options.max_bytes), list(swarm.recorders)
+    found, plan, experts = Round(), Plan(options.prompt_bytes, options.max_bytes, draft_tokens=0), list(swarm.recorders)
     for streams in STREAMS:
         await swarm_turn(swarm, found, plan, experts, streams=streams, texts=max(2, streams), seed=100 * number)
+    await draft_turn(swarm, found, plan, texts=2, seed=100 * number)
     for name, ratio in (round_ratios(found, experts, STREAMS) | kernel_ratios()).items():
         samples.setdefault(name, []).append(ratio)
 

@@ -5,7 +5,8 @@ median over the rounds of that round's ratio, so that what drifts cancels.
 
 floor: the forwards that the ensemble ran in the same round, run again by the same experts at the same time, without a
 coordinator (bench/rivals/recording_expert.py). own forwards: those forwards themselves, as the expert that took longer
-for them clocked them while the texts were written. alone: one expert through the same server. bytes: one expert through
+for them clocked them while the texts were written. None of these drafts; "with drafts" is the ensemble as it is served
+when nobody says otherwise. alone: one expert through the same server. bytes: one expert through
 the same server in the byte unit, marginal over tokenizations. generate: `model.generate`, one thread. lockstep: the
 ensemble of GaC and UniTE, one thread a model or both threads one model after the other. genlm: genlm-bytes on one
 expert, one thread or all, after a prompt of at most 24 bytes.
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,11 @@ TARGETS = {
     "ensemble / floor, 1 stream": ("at most", 1.15),
     "ensemble / floor, 8 streams": ("at most", 1.15),
     "ensemble / slower expert alone, 1 stream": ("at most", 1.25),
-    "genlm gemma3 / ensemble": ("at least", 5.0),
-    "genlm smollm2 / ensemble": ("at least", 5.0),
+    "genlm gemma3 / ensemble with drafts": ("at least", 5.0),
+    "genlm smollm2 / ensemble with drafts": ("at least", 5.0),
     "lockstep / ensemble": ("at least", 1.5),
 }
+DRAFTING = f"{ENSEMBLE} with drafts"
 GENLM_PROMPT = 24
 """Bytes of its prompt at most."""
 LOCKSTEP = ("lockstep, a thread each", "lockstep, in turn")
@@ -137,6 +139,13 @@ async def swarm_turn(
             found.wall[f"floor, {load}"] = 1000 * await swarm.floor() / written
 
 
+async def draft_turn(swarm: Swarm, found: Round, plan: Plan, *, texts: int, seed: int) -> None:
+    """The ensemble, one text after the other, with as many drafts as the server allows."""
+    plan = replace(plan, draft_tokens=None)
+    requests = [plan.request({}, seed + number) for number in range(texts)]
+    found.per_byte[DRAFTING] = (await swarm.write(Load(concurrency=1), requests)).ms_per_byte
+
+
 async def byte_turn(swarm: Swarm, found: Round, plan: Plan, experts: Sequence[str], *, texts: int, seed: int) -> None:
     """Each expert alone in the byte unit, exact up to epsilon as the ensemble is: what genlm-bytes computes."""
     for name, fields in plan.mixtures(experts, alone=True).items():
@@ -186,7 +195,7 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
     """All rounds; figures and ratios for JSON."""
     models = {name: options.models / name for name in options.experts}
     experts, cores = list(models), len(available_cores())
-    plan = Plan(options.prompt_bytes, options.max_bytes)
+    plan = Plan(options.prompt_bytes, options.max_bytes, draft_tokens=0)
     # It is slow, also at reading: fewer bytes of one text, after a short prompt.
     short = Plan(min(GENLM_PROMPT, plan.prompt_bytes), options.genlm_bytes)
     rounds: list[Round] = []
@@ -206,6 +215,7 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
                 for streams in options.streams:
                     texts = max(options.texts, streams)
                     await swarm_turn(swarm, found, plan, experts, streams=streams, texts=texts, seed=seed)
+                await draft_turn(swarm, found, plan, texts=options.texts, seed=seed)
                 if any(name.startswith("genlm") for name in rivals):
                     await byte_turn(swarm, found, plan, experts, texts=options.texts, seed=seed)
                 for name in list(rivals):
@@ -265,11 +275,14 @@ def round_ratios(found: Round, experts: Sequence[str], streams: Sequence[int]) -
         ratios[f"ensemble / floor, {load}"] = wall[own] / wall[f"floor, {load}"]
         ratios[f"ensemble / own forwards, {load}"] = wall[own] / wall[f"own forwards, {load}"]
         ratios[f"ensemble / slower expert alone, {load}"] = per_byte[own] / slower
+    if DRAFTING in per_byte:
+        ratios[f"{DRAFTING} / without"] = per_byte[DRAFTING] / per_byte[one]
     for name in experts:
         rivals = {
             f"generate {name} / alone": (f"generate {name}", f"alone {name}, {Load(concurrency=1)}"),
             f"genlm {name} / bytes": (f"genlm {name}", f"bytes {name}"),
             f"genlm {name} / ensemble": (f"genlm {name}", one),
+            f"genlm {name} / {DRAFTING}": (f"genlm {name}", DRAFTING),
         }
         for label, (above, below) in rivals.items():
             if above in per_byte and below in per_byte:
@@ -278,6 +291,8 @@ def round_ratios(found: Round, experts: Sequence[str], streams: Sequence[int]) -
     if ways and one in per_byte:
         # The faster of its two ways, round by round.
         ratios["lockstep / ensemble"] = min(ways) / per_byte[one]
+        if DRAFTING in per_byte:
+            ratios[f"lockstep / {DRAFTING}"] = min(ways) / per_byte[DRAFTING]
     return ratios
 
 

@@ -53,11 +53,11 @@ async def serve_and_measure(options: argparse.Namespace) -> dict[str, Any]:
     names = list(models)
     cases: dict[tuple[str, int], tuple[Plan, list[str]]] = {}
     if several:
-        plan = Plan(options.prompt_bytes, options.max_bytes)
+        plan = Plan(options.prompt_bytes, options.max_bytes, draft_tokens=0)
         cases |= {("experts", count): (plan, names[:count]) for count in range(1, len(names) + 1)}
     if "context" in options.what:
         for length in options.context:
-            cases["context", length] = (Plan(length, options.max_bytes), list(DEMO_EXPERTS))
+            cases["context", length] = (Plan(length, options.max_bytes, draft_tokens=0), list(DEMO_EXPERTS))
     found: dict[tuple[str, int], list[Stretch]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory(prefix="token-swarm-bench-") as folder:
         config = Path(folder) / "swarm.yaml"

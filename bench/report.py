@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "figures"
 CONFIG = "examples/demo.yaml"
-TABLES = ("ratios", "contestants", "latency", "breakdown", "load", "costs", "capacity")
+TABLES = ("ratios", "contestants", "latency", "breakdown", "drafts", "load", "costs", "capacity")
 
 
 def programs(rounds: int) -> dict[str, list[str]]:
@@ -41,7 +41,8 @@ def programs(rounds: int) -> dict[str, list[str]]:
     open_loop = ["--rate", "0.2", "--goodput", "ttft:2000,tpot:100"]
     return {
         "compare": [*entry, "compare", "--rounds", str(rounds + 2), "--json"],
-        "latency": [*cli, "latency", *serve],
+        "latency": [*cli, "latency", "--draft-tokens", "0", *serve],
+        "drafts": [*cli, "latency", "--no-alone", *serve],
         "load": [*cli, "load", "--concurrency", "1,2,4,8,16", "--max-bytes", "200", *open_loop, *serve],
         "costs": [*entry, "costs", "--rounds", str(rounds), "--json"],
         "kernels": [*entry, "kernels", "--seconds", "0.3", "--json"],
@@ -70,6 +71,8 @@ def sections(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Table]]
         rows = [row for row in latency["rows"] if row["mixture"] == ENSEMBLE]
         parts = [table for row in rows if (table := breakdown_table(row)) is not None]
         found["latency"], found["breakdown"] = [latency_table(latency)], parts
+    if (drafts := reports.get("drafts")) is not None:
+        found["drafts"] = [latency_table(drafts)]
     if (load := reports.get("load")) is not None:
         found["load"] = [load_table(load)]
     if latency is not None and load is not None and (capacity := capacity_table(latency, load)) is not None:
