@@ -169,6 +169,7 @@ def generate_requests(draw: st.DrawFn) -> swarm_pb2.GenerateRequest:
         "request_id": words, "prompt": words, "chat": st.booleans(), "particle": words, "mixture": mixtures,
         "unit": enums, "sampling": samplings, "max_bytes": big_counts, "max_tokens": big_counts,
         "stop": st.lists(words, max_size=3), "epsilon": numbers, "on_expert_failure": enums,
+        "draft_tokens": counts,
     }  # fmt: skip
     for field in sorted(wrong):
         set_field(request, field, draw(values[field]))

@@ -215,7 +215,7 @@ def test_the_end_of_the_text_is_not_appended() -> None:
 
 def test_the_wire_knows_the_unit() -> None:
     message = swarm_pb2.GenerateRequest(prompt="x", unit=swarm_pb2.UNIT_UNION)
-    request = request_from_proto(message, epsilon=EXACT.epsilon, window=None, default_max_bytes=10)
+    request = request_from_proto(message, epsilon=EXACT.epsilon, window=None, draft_tokens=0, default_max_bytes=10)
     assert request.unit is Unit.UNION
 
 

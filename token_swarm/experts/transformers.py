@@ -77,6 +77,9 @@ class TransformersExpert(PlannedExpert):
             require_at_least("threads", threads, 1)
             torch.set_num_threads(threads)
         self._device = device_of(device)
+        if self._device.type == "cuda":
+            # cuDNN's attention is planned anew for every length, 2 to 3 ms a layer and token on an H200.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._model, tokenizer = load(model, self._device, dtype)
         limit = context_limit(self._model.config)
         context = max_context if limit is None else min(max_context, limit)
