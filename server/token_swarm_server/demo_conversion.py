@@ -6,28 +6,46 @@ Slow (minutes on one core) and memory-hungry, therefore run in a process of its 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+PROBE = "Hello, world!  Room 1234\n\tdef f(x): return x**2  # naïve façade 北京 🙂\r\n"
 
-def convert(gguf: Path, target: Path, *, digit_pre_tokenizer: bool) -> None:
+
+def convert(gguf: Path, target: Path, *, digit_pre_tokenizer: bool, probe_sha256: str) -> None:
     """Write config, generation config, bfloat16 weights and tokenizer of `gguf` into the directory `target`.
 
     With `digit_pre_tokenizer`, digits are split one by one before the byte-level split: a GGUF file only names
     that step, and transformers does not put it back. Files are synced to disk on return.
+
+    `probe_sha256`: of the tokens of `PROBE`. Raises RuntimeError where the tokenizer has others: some versions of
+    transformers read the tokenizer of Gemma from GGUF without its text normaliser and its token of beginning.
     """
     target.mkdir(parents=True, exist_ok=True)
-    _convert_weights(gguf, target)
     _convert_tokenizer(gguf, target, digit_pre_tokenizer=digit_pre_tokenizer)
+    if tokens_sha256(target) != probe_sha256:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} reads the tokenizer of the GGUF file differently; install the "
+            "version that constraints.txt names"
+        )
+    _convert_weights(gguf, target)
     for path in target.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def tokens_sha256(directory: Path) -> str:
+    """Digest of the tokens of `PROBE`, the special ones included."""
+    tokens = AutoTokenizer.from_pretrained(directory)(PROBE).input_ids
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def _convert_weights(gguf: Path, target: Path) -> None:

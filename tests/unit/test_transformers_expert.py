@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, MambaConfig, MambaForCausalLM
 
 from tests.conftest import tiny_tokenizer
-from token_swarm.experts import laws
+from token_swarm.experts import laws, transformers
 from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows, Truncate
 from token_swarm.experts.packed_attention import PackedBatch
 from token_swarm.experts.slot_cache import SlotCache
 from token_swarm.experts.transformers import ExpertLoadError, TransformersExpert
+from token_swarm.experts.transformers_check import PlainForward
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,28 @@ def test_a_difference_from_the_plain_forward_is_refused(tiny_model_dir, monkeypa
     monkeypatch.setattr(PackedBatch, "mask", nothing_seen_before)
     with pytest.raises(ExpertLoadError, match=r"LlamaForCausalLM cannot be served in packed batches"):
         TransformersExpert("wrong", tiny_model_dir("llama"))
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_attention_of_cudnn_is_used_only_where_others_are_off(tiny_model_dir, monkeypatch, wrong):
+    monkeypatch.setattr(transformers, "_cudnn_choices", lambda device: (False, True))
+    before, compare, used = torch.backends.cuda.cudnn_sdp_enabled(), PlainForward.compare, []
+
+    def compared(plain, expert):
+        used.append(torch.backends.cuda.cudnn_sdp_enabled())
+        compare(plain, expert)
+        if len(used) <= wrong:
+            raise ExpertLoadError("off")
+
+    monkeypatch.setattr(PlainForward, "compare", compared)
+    try:
+        with pytest.raises(ExpertLoadError, match="off") if wrong == 2 else contextlib.nullcontext():
+            expert = TransformersExpert("e", tiny_model_dir("llama"), max_sequences=4, max_context=32)
+            assert expert.stats().sequences == 0
+        assert used == [False, True][: wrong + 1]
+        assert torch.backends.cuda.cudnn_sdp_enabled() == used[-1]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2", "qwen2", "gpt2"])

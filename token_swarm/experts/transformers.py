@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,6 @@ class TransformersExpert(PlannedExpert):
             require_at_least("threads", threads, 1)
             torch.set_num_threads(threads)
         self._device = device_of(device)
-        if self._device.type == "cuda":
-            # cuDNN's attention is planned anew for every length, 2 to 3 ms a layer and token on an H200.
-            torch.backends.cuda.enable_cudnn_sdp(False)
         self._model, tokenizer = load(model, self._device, dtype)
         limit = context_limit(self._model.config)
         context = max_context if limit is None else min(max_context, limit)
@@ -90,7 +87,10 @@ class TransformersExpert(PlannedExpert):
         self._lengths: dict[int, int] = {}
         self._clear_plan()
 
-        plain = PlainForward(self._model, self._spec, self._numbering)
+        plain = {}
+        for cudnn in _cudnn_choices(self._device):
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            plain[cudnn] = PlainForward(self._model, self._spec, self._numbering)
         self._model.set_attn_implementation(IMPLEMENTATION)
         columns = torch.from_numpy(self._numbering.columns).to(self._device)
         head = self._model.get_output_embeddings()
@@ -100,10 +100,22 @@ class TransformersExpert(PlannedExpert):
         # What is not packed stays as it is in memory: its rows are put in order one by one.
         self._columns = columns if self._model.get_output_embeddings() is head else None
         try:
-            plain.compare(self)
+            self._check(plain)
         except (TypeError, RuntimeError, LookupError) as error:
             message = f"model: {self._spec.architecture} cannot be served in packed batches: {error}"
             raise ExpertLoadError(message) from error
+
+    def _check(self, plain: Mapping[bool, PlainForward]) -> None:
+        """Compare with plain forwards, by whether cuDNN's attention may be used; the first that agree decide."""
+        for left, (cudnn, forward) in zip(reversed(range(len(plain))), plain.items(), strict=True):
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            try:
+                forward.compare(self)
+                return
+            except ExpertLoadError:
+                if not left:
+                    raise
+                self._release_all()
 
     def stats(self) -> ExpertStats:
         """See `Expert.stats`."""
@@ -211,6 +223,13 @@ class TransformersExpert(PlannedExpert):
         self._lengths.clear()
         self._clear_plan()
         self._cache.release_all()
+
+
+def _cudnn_choices(device: torch.device) -> tuple[bool, ...]:
+    """Whether to try cuDNN's attention, the best choice first: it is planned anew for every length of a sequence, which
+    took 2 to 3 ms a layer and token on an H200."""
+    as_it_is = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    return (False, True) if device.type == "cuda" else (as_it_is,)
 
 
 def _spec(
