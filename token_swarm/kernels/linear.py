@@ -1,7 +1,7 @@
 """Products of a few rows with bfloat16 weights, in C++ (csrc/linear.h): as fast as memory gives the weights.
 
-Measured on one core with AVX-512, weight [262144, 640], milliseconds for 1 / 4 / 8 / 16 / 32 rows: this 28 / 29 / 40 /
-65 / 107, FBGEMM with float16 weights 34 / 41 / 48 / 85 / 142, `F.linear` with float32 weights at 16 and 32 rows 141 and
+Measured on one core with AVX-512, weight [262144, 640], milliseconds for 1 / 4 / 8 / 16 / 32 rows: this 29 / 30 / 37 /
+54 / 99, FBGEMM with float16 weights 34 / 41 / 48 / 85 / 142, `F.linear` with float32 weights at 16 and 32 rows 141 and
 202. With the weights of a layer, [2048, 640], it is ahead of `F.linear` up to 256 rows.
 """
 
