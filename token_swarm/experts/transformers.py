@@ -107,13 +107,14 @@ class TransformersExpert(PlannedExpert):
 
     def _check(self, plain: Mapping[bool, PlainForward]) -> None:
         """Compare with plain forwards, by whether cuDNN's attention may be used; the first that agree decide."""
-        for left, (cudnn, forward) in zip(reversed(range(len(plain))), plain.items(), strict=True):
+        last = list(plain)[-1]
+        for cudnn, forward in plain.items():
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
             try:
                 forward.compare(self)
                 return
             except ExpertLoadError:
-                if not left:
+                if cudnn == last:
                     raise
                 self._release_all()
 

@@ -44,5 +44,7 @@ class Plan:
             prompt=prompt(self.prompt_bytes, seed, self.text),
             sampling=swarm_pb2.Sampling(temperature=self.temperature, seed=seed),
             max_bytes=self.max_bytes,
-            **{"epsilon": self.epsilon, "draft_tokens": self.draft_tokens, **fields},
+            epsilon=self.epsilon,
+            draft_tokens=self.draft_tokens,
+            **fields,
         )
