@@ -18,7 +18,8 @@ from token_swarm_server.admission import Admission
 from token_swarm_server.breakdown import ExpertTime, Parts
 from token_swarm_server.cores import available_cores
 from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState, Reviver
-from token_swarm_server.generation import Generation, Members, Prompt, score_text
+from token_swarm_server.generation import Generation, score_text
+from token_swarm_server.members import Members, Prompt
 from token_swarm_server.mixing_pool import MixingPool
 from token_swarm_server.observability import Observability
 from token_swarm_server.observer import Outcome, Watch

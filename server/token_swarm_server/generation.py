@@ -3,169 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 from token_swarm.decoding.decoder import Decoder, Finish
 from token_swarm.decoding.ensemble import Ensemble
-from token_swarm.decoding.forwards import Calls, Outcome
+from token_swarm.decoding.forwards import Outcome
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.decoding.score import Score, Scorer, scored_text
 from token_swarm.errors import BadLogits
-from token_swarm.experts.contract import Close, EncodedPrompt
+from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.unit import MixingUnit
-from token_swarm.particle import Mixture
-from token_swarm_server.errors import ExpertUnavailable
-from token_swarm_server.expert_link import ExpertLink, LinkState
+from token_swarm_server.expert_link import ExpertLink
+from token_swarm_server.members import Members, Round
 from token_swarm_server.mixing_pool import MixingPool, Pause
 from token_swarm_server.observer import Watch
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-_PAUSE_SECONDS = 0.02
 _MAX_FAULTS = 3
 """An expert whose logits are no law so often for one text is not to blame for bad luck: the text ends."""
 _TURNS = 4
 """Of the event loop: in which a scheduler gets its step on the way."""
-
-
-class OnFailure(enum.Enum):
-    """What happens to a text when one of its experts dies, hangs or answers nonsense."""
-
-    WAIT = "wait"
-    FAIL = "fail"
-    DROP = "drop"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked. `mixture` is what the request wants, before any expert is dropped."""
-
-    text: str
-    chat: bool
-    mixture: Mixture
-    on_failure: OnFailure = OnFailure.WAIT
-
-
-@dataclass
-class Round:
-    """Operations under way, by expert. `asked_at`: when they were submitted; `sent_at`: when text that was complete
-    before had been sent, 0 for none."""
-
-    futures: Mapping[str, asyncio.Future[list[Outcome]]]
-    asked_at: float
-    sent_at: float = 0.0
-
-    @property
-    def answered(self) -> bool:
-        """Whether every expert has answered, or was lost."""
-        return all(future.done() for future in self.futures.values())
-
-    def cancel(self) -> None:
-        """Drop what was not sent to an expert yet."""
-        for future in self.futures.values():
-            future.cancel()
-
-
-class Members:
-    """The experts of one text, and what is done about those that fail."""
-
-    def __init__(self, links: Mapping[str, ExpertLink], prompt: Prompt, wait_seconds: float, watch: Watch) -> None:
-        self.mixture = prompt.mixture
-        self.dropped: list[str] = []
-        self.reopened = 0
-        self._links = links
-        self._prompt = prompt
-        self._wait_seconds = wait_seconds
-        self._watch = watch
-        self._asked: dict[str, int] = {}  # by expert: its restarts when it was asked last
-
-    @property
-    def names(self) -> list[str]:
-        """Experts that the text is still written with."""
-        return list(self.mixture.active)
-
-    async def each(self, call: Callable[[ExpertLink], Awaitable[_T]]) -> dict[str, _T]:
-        """What `call` gives for every expert, all at once; one that is lost meanwhile is waited for or dropped."""
-        given: dict[str, _T] = {}
-        while missing := [name for name in self.names if name not in given]:
-            await self.settle([name for name in missing if self._links[name].state is LinkState.DOWN])
-            missing = [name for name in missing if name in self.mixture.active]
-            results = await asyncio.gather(*(call(self._links[name]) for name in missing), return_exceptions=True)
-            for name, result in zip(missing, results, strict=True):
-                if isinstance(result, ExpertUnavailable):
-                    await self.settle([name])
-                elif isinstance(result, BaseException):
-                    raise result
-                else:
-                    given[name] = result
-        return {name: given[name] for name in self.names}
-
-    async def encode(self) -> dict[str, EncodedPrompt]:
-        """The prompt as each expert reads it."""
-        return await self.each(lambda link: link.encode(self._prompt.text, chat=self._prompt.chat))
-
-    def ask(self, calls: Calls) -> Round:
-        """Submit operations to every expert, all at the same time."""
-        self._asked.update({name: self._links[name].restarts for name in calls})
-        asked_at = time.perf_counter()
-        return Round({name: self._links[name].submit(ops, self._watch) for name, ops in calls.items()}, asked_at)
-
-    async def answers(self, round_: Round) -> dict[str, list[Outcome]]:
-        """What came back; experts that were lost have no outcomes."""
-        results = await asyncio.gather(*round_.futures.values(), return_exceptions=True)
-        self._watch.round_ended(round_.futures, self.names, round_.asked_at, round_.sent_at)
-        outcomes: dict[str, list[Outcome]] = {}
-        for name, result in zip(round_.futures, results, strict=True):
-            if isinstance(result, BaseException):
-                if not isinstance(result, ExpertUnavailable):
-                    raise result
-            else:
-                outcomes[name] = result
-        return outcomes
-
-    def blame(self, fault: BadLogits) -> None:
-        """An expert's logits are no law."""
-        for name in fault.experts:
-            self._links[name].blame(str(fault), self._asked.get(name, 0))
-
-    async def settle(self, lost: Sequence[str]) -> None:
-        """Do what the request asks for about experts that were lost; on return the others, or all, take work.
-
-        Raises ExpertUnavailable if the text cannot go on.
-        """
-        if not lost:
-            return
-        if self._prompt.on_failure is OnFailure.DROP and set(self.names) - set(lost):
-            self.mixture = self.mixture.without(lost)
-            self.dropped += lost
-            return
-        reasons = {name: self._links[name].reason for name in lost}
-        if self._prompt.on_failure is OnFailure.FAIL:
-            raise ExpertUnavailable(lost[0], reasons[lost[0]])
-        try:
-            async with asyncio.timeout(self._wait_seconds):
-                # An expert that takes work and refuses calls all the same is not asked again at once.
-                await asyncio.sleep(_PAUSE_SECONDS)
-                for name in lost:
-                    await self._links[name].wait_ready()
-        except TimeoutError as error:
-            name = next(name for name in lost if self._links[name].state is LinkState.DOWN)
-            reason = self._links[name].reason or reasons[name]
-            raise ExpertUnavailable(name, f"it did not come back within {self._wait_seconds:g} s: {reason}") from error
-
-    def release(self, calls: Calls) -> None:
-        """Free the sequences that `calls` closes. Never waits."""
-        for name, ops in calls.items():
-            self._links[name].release(op.sequence for op in ops if isinstance(op, Close))
 
 
 class Generation:
@@ -199,7 +62,9 @@ class Generation:
         self._decoder: Decoder | None = None
         self._prompts: dict[str, EncodedPrompt] = {}
         self._round: Round | None = None
-        self._ahead: list[asyncio.Future[None]] = []
+        self._ready: asyncio.Future[None] | None = None
+        self._ahead = 0  # works on the round that have not ended
+        self._late: list[Stopwatch] = []  # of those that began when all had answered
         self._faults = 0
         self._took = 0.0
         self._pause: Pause | None = None
@@ -274,13 +139,31 @@ class Generation:
         """One expert has answered, or was lost."""
         if round_ is not self._round:
             return
-        if round_.answered:
+        if round_.answered and not round_.answered_at:
             self._pause = self._pause or self._pool.pause()
-        elif not answer.cancelled() and answer.exception() is None:
-            # What is made of it while the others compute is ready when they have answered.
-            work = self._opened.ahead(name, answer.result())
+            self.members.answered(round_)
+        if not answer.cancelled() and answer.exception() is None:
+            # Of the faster experts' answers it is made while the others compute.
+            stopwatch = Stopwatch()
+            work = self._opened.ahead(name, answer.result(), stopwatch)
             if work is not None:
-                self._ahead.append(self._pool.begin(work))
+                self._ahead += 1
+                self._pool.begin(work).add_done_callback(partial(self._made, round_))
+                if round_.answered:
+                    self._late.append(stopwatch)
+        self._get_ready(round_)
+
+    def _made(self, round_: Round, work: asyncio.Future[None]) -> None:
+        """What was begun on one answer has ended; if it failed, `resume` fails as well."""
+        work.exception()
+        if round_ is self._round:
+            self._ahead -= 1
+            self._get_ready(round_)
+
+    def _get_ready(self, round_: Round) -> None:
+        """The text can go on when all have answered and nothing is being made of it any more."""
+        if round_.answered and not self._ahead and self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
 
     def _end_pause(self) -> None:
         if self._pause is not None:
@@ -289,17 +172,24 @@ class Generation:
 
     async def _resume(self, round_: Round) -> None:
         """Give the decoder what came back, and see to the experts that were lost."""
+        # One future for all that a text waits for: it is woken once.
+        self._ready, self._ahead, self._late = asyncio.get_running_loop().create_future(), 0, []
         for name, future in round_.futures.items():
             # Not before: a text whose reader is slow holds up nobody.
             future.add_done_callback(partial(self._answered, round_, name))
-        outcomes = await self.members.answers(round_)
-        answered, self._took = time.perf_counter(), 0.0
+        await self._ready
+        outcomes = self.members.outcomes(round_)
         lost = [name for name in round_.futures if name not in outcomes]
+        made = sum(stopwatch.total for stopwatch in self._late)
+        self._took = 0.0
+        for stopwatch in self._late:
+            self._opened.stopwatch.add(stopwatch)
         try:
-            if begun := [work for work in self._ahead if not work.done()]:
-                await asyncio.wait(begun)
-            self._ahead.clear()
-            await self._pool.mix(partial(self._mix, outcomes))
+            if self._late:
+                # What is left is short, and holds the interpreter: threads would only get into each other's way.
+                self._mix(outcomes)
+            else:
+                await self._pool.mix(partial(self._mix, outcomes))
         except BadLogits as fault:
             self._faults += 1
             if self._faults > _MAX_FAULTS:
@@ -307,8 +197,8 @@ class Generation:
             self.members.blame(fault)
             lost += fault.experts
         finally:
-            self._watch.mixed(self._took)
-            self._watch.parts.scheduling += time.perf_counter() - answered - self._took
+            self._watch.mixed(made + self._took)
+            self._watch.parts.scheduling += time.perf_counter() - round_.answered_at - made - self._took
         self.being_written = not lost
         if lost and not self._opened.finished:
             self._end_pause()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -28,6 +28,17 @@ class Pause:
             self._over.set_result(None)
 
 
+class _Waiting(NamedTuple):
+    """A job that has not begun, and where its result goes."""
+
+    job: Callable[[], Any]
+    done: asyncio.Future[Any]
+
+
+_Result: TypeAlias = tuple[Any, Exception | None]
+"""What a job returned or raised."""
+
+
 class MixingPool:
     """Runs what texts compute between two forwards. The C++ kernels let other threads run.
 
@@ -43,7 +54,8 @@ class MixingPool:
             if threads > 1
             else None
         )
-        self._waiting: list[Callable[[], None]] = []
+        self._workers = threads
+        self._waiting: list[_Waiting] = []
         self._mixing = 0
         self._pauses: set[asyncio.Future[None]] = set()
 
@@ -59,7 +71,7 @@ class MixingPool:
         if not self._waiting:
             # All texts that one step answered get here within one turn of the loop.
             loop.call_soon(self._start)
-        self._waiting.append(partial(self._run, job, done))
+        self._waiting.append(_Waiting(job, done))
         self._mixing += 1
         return done
 
@@ -87,23 +99,39 @@ class MixingPool:
     def _start(self) -> None:
         """Begin all that is waiting."""
         waiting, self._waiting = self._waiting, []
-        for run in waiting:
-            run()
-
-    def _run(self, job: Callable[[], _T], done: asyncio.Future[_T]) -> None:
         if self._threads is None or self._mixing == 1:
-            self._end(done, job)
-        else:
-            running = asyncio.get_running_loop().run_in_executor(self._threads, job)
-            running.add_done_callback(lambda ended: self._end(done, ended.result))
+            for one in waiting:
+                self._end([one], _run([one.job]))
+            return
+        loop = asyncio.get_running_loop()
+        # A share for each thread: they, and the event loop, are woken once.
+        for part in _shares(waiting, self._workers):
+            running = loop.run_in_executor(self._threads, _run, [one.job for one in part])
+            running.add_done_callback(lambda ended, part=part: self._end(part, ended.result()))  # type: ignore[misc]
 
-    def _end(self, done: asyncio.Future[_T], call: Callable[[], _T]) -> None:
+    def _end(self, jobs: Sequence[_Waiting], results: Sequence[_Result]) -> None:
+        self._mixing -= len(jobs)
+        for one, (value, error) in zip(jobs, results, strict=True):
+            if error is None:
+                one.done.set_result(value)
+            else:
+                one.done.set_exception(error)
+
+
+def _shares(jobs: Sequence[_Waiting], count: int) -> list[Sequence[_Waiting]]:
+    """At most `count` parts, as even as can be."""
+    bounds = [len(jobs) * part // count for part in range(count + 1)]
+    return [jobs[first:last] for first, last in pairwise(bounds) if first < last]
+
+
+def _run(jobs: Sequence[Callable[[], Any]]) -> list[_Result]:
+    results: list[_Result] = []
+    for job in jobs:
         try:
-            done.set_result(call())
+            results.append((job(), None))
         except Exception as error:
-            done.set_exception(error)
-        finally:
-            self._mixing -= 1
+            results.append((None, error))
+    return results
 
 
 async def _finished(done: asyncio.Future[_T]) -> _T:

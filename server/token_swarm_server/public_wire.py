@@ -15,7 +15,7 @@ from token_swarm.v1 import swarm_pb2
 from token_swarm_server.breakdown import breakdown_to_proto
 from token_swarm_server.engine import Finished
 from token_swarm_server.expert_link import ExpertLink, LinkState
-from token_swarm_server.generation import OnFailure
+from token_swarm_server.members import OnFailure
 
 RULES = {Rule.LINEAR: swarm_pb2.RULE_LINEAR, Rule.LOG_LINEAR: swarm_pb2.RULE_LOG_LINEAR}
 UNITS = {unit: swarm_pb2.Unit.Value(f"UNIT_{unit.name}") for unit in Unit}

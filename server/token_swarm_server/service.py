@@ -16,7 +16,7 @@ from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server import public_wire
 from token_swarm_server.engine import Engine, Finished
 from token_swarm_server.errors import DeadlineExceeded, Unavailable, abort, forget_frames
-from token_swarm_server.generation import Prompt
+from token_swarm_server.members import Prompt
 from token_swarm_server.observer import Outcome, Watch
 from token_swarm_server.particle_store import ParticleStore
 from token_swarm_server.status import look, status_to_proto

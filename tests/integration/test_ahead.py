@@ -24,8 +24,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     groups: list[int] = []
     ahead = ByteUnit.ahead
 
-    def counted(self: ByteUnit, need: Any, rows: Any) -> Any:
-        work = ahead(self, need, rows)
+    def counted(self: ByteUnit, need: Any, rows: Any, stopwatch: Any) -> Any:
+        work = ahead(self, need, rows, stopwatch)
 
         def run() -> object:
             groups.append(need.group)
@@ -84,8 +84,8 @@ async def test_a_text_may_be_cancelled_meanwhile(tmp_path: Path, monkeypatch: py
     begun, go, made = threading.Event(), threading.Event(), list[int]()
     ahead = ByteUnit.ahead
 
-    def held(self: ByteUnit, need: Any, rows: Any) -> Any:
-        work = ahead(self, need, rows)
+    def held(self: ByteUnit, need: Any, rows: Any, stopwatch: Any) -> Any:
+        work = ahead(self, need, rows, stopwatch)
 
         def run() -> object:
             begun.set()

@@ -21,7 +21,7 @@ from token_swarm_server.engine import Engine
 from token_swarm_server.expert_client import ExpertConnection
 from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState
 from token_swarm_server.expert_server import ExpertServer
-from token_swarm_server.generation import Prompt
+from token_swarm_server.members import Prompt
 from token_swarm_server.mixing_pool import MixingPool
 from token_swarm_server.observer import Observer
 from token_swarm_server.settings import CoordinatorSettings

@@ -17,6 +17,7 @@ from token_swarm.errors import BadLogits
 from token_swarm.experts.contract import OpError, OpErrorKind
 from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.stopwatch import Stopwatch
 from token_swarm.particle import Mixture, Rule
 
 MIXTURE = Mixture({"e0": 0.5, "e1": 0.3, "e2": 0.2}, Rule.LOG_LINEAR)
@@ -33,7 +34,7 @@ def step(local: LocalEnsemble, decoder: Decoder, order: list[str]) -> tuple[dict
     calls, outcomes, worked = decoder.calls(), dict[str, list[Outcome]](), []
     for name in [name for name in order if name in calls]:
         outcomes |= local.run({name: calls[name]})
-        if len(outcomes) < len(calls) and (work := decoder.ahead(name, outcomes[name])) is not None:
+        if len(outcomes) < len(calls) and (work := decoder.ahead(name, outcomes[name], Stopwatch())) is not None:
             thread = Thread(target=work)
             thread.start()
             thread.join()
@@ -76,7 +77,7 @@ def test_rows_that_are_no_law_are_met_by_resume(
     calls = decoder.calls()
     outcomes = local.run(calls)
     outcomes["e0"] = wrong(outcomes["e0"])
-    work = decoder.ahead("e0", outcomes["e0"])
+    work = decoder.ahead("e0", outcomes["e0"], Stopwatch())
     assert work is not None
     work()
     with pytest.raises(BadLogits) as caught:
@@ -93,14 +94,14 @@ def test_a_refusal_is_left_to_resume(local: LocalEnsemble) -> None:
     decoder = local.decoder("cab", MIXTURE, DecodeRequest(shaping=GREEDY, max_bytes=30))
     outcomes = local.run(decoder.calls())
     refused = OpError(OpErrorKind.UNKNOWN_SEQUENCE, "no such sequence")
-    assert decoder.ahead("e0", [*outcomes["e0"][:-1], refused]) is None
+    assert decoder.ahead("e0", [*outcomes["e0"][:-1], refused], Stopwatch()) is None
 
 
 def test_a_slower_expert_that_is_lost_leaves_what_was_made(local: LocalEnsemble) -> None:
     request = DecodeRequest(shaping=GREEDY, max_bytes=30)
     decoder = local.decoder("cab", MIXTURE, request)
     outcomes = local.run(decoder.calls())
-    work = decoder.ahead("e0", outcomes["e0"])
+    work = decoder.ahead("e0", outcomes["e0"], Stopwatch())
     assert work is not None
     work()
     decoder.resume({"e0": outcomes["e0"]})

@@ -46,6 +46,12 @@ async def test_several_are_mixed_at_the_same_time(pool: MixingPool) -> None:
     assert threading.get_ident() not in ran
 
 
+async def test_each_thread_gets_a_share(pool: MixingPool) -> None:
+    ran = await asyncio.gather(*(pool.mix(lambda number=number: (number, threading.get_ident())) for number in range(7)))  # type: ignore[misc]
+    assert [number for number, _ in ran] == list(range(7))
+    assert threading.get_ident() not in {thread for _, thread in ran}
+
+
 async def test_a_failure_is_its_own_texts(pool: MixingPool) -> None:
     def fail() -> int:
         raise ValueError("no law")

@@ -151,9 +151,9 @@ class Decoder:
             self._finish(FinishReason.CONTEXT_FULL, len(self._text))
             return {}
 
-    def ahead(self, expert: str, outcomes: Sequence[Outcome]) -> Callable[[], None] | None:
-        """Work on what one expert returned while others compute; see `Forwards.ahead`."""
-        return self._forwards.ahead(expert, outcomes)
+    def ahead(self, expert: str, outcomes: Sequence[Outcome], stopwatch: Stopwatch) -> Callable[[], None] | None:
+        """Work on what one expert returned, ahead of `resume`; see `Forwards.ahead`."""
+        return self._forwards.ahead(expert, outcomes, stopwatch)
 
     def resume(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         """Take what the last `calls` returned, and go on until the next forward is needed. Raises as

@@ -18,6 +18,7 @@ from token_swarm.decoding.drafts import PromptLookup
 from token_swarm.decoding.lanes import LaneTable, Tokens
 from token_swarm.errors import BadLogits, ExpertFault
 from token_swarm.experts.contract import Op, OpError, OpErrorKind
+from token_swarm.mixing.stopwatch import Stopwatch
 from token_swarm.mixing.unit import MixingUnit, Need
 
 History: TypeAlias = tuple[int, Tokens]
@@ -151,9 +152,10 @@ class Forwards:
                 drafted[wanted.history] = self._lookups[group].draft(tokens, min(most, room))
         return drafted
 
-    def ahead(self, name: str, outcomes: Sequence[Outcome]) -> Callable[[], None] | None:
-        """What can be done about one expert's outcomes of the last `calls` before the others have answered, None for
-        nothing. It may run in a thread, beside anything but `resume`, which must be given these outcomes all the same.
+    def ahead(self, name: str, outcomes: Sequence[Outcome], stopwatch: Stopwatch) -> Callable[[], None] | None:
+        """What can be done about one expert's outcomes of the last `calls` without those of the others, None for
+        nothing. It may run in a thread, beside anything but `resume`, which must be given these outcomes all the same;
+        what it takes is counted in `stopwatch`.
         """
         if any(isinstance(outcome, OpError) for outcome in outcomes):
             return None
@@ -165,7 +167,7 @@ class Forwards:
                 wanted.rows[name] = rows[0]
                 if self._is_complete(wanted):
                     names = self._unit.groups[wanted.need.group].names
-                    work = self._unit.ahead(wanted.need, [wanted.rows[member] for member in names])
+                    work = self._unit.ahead(wanted.need, [wanted.rows[member] for member in names], stopwatch)
                     if work is not None:
                         works.append((wanted, work))
         return partial(_make, works) if works else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ class HeadView(ctypes.Structure):
 
     _fields_ = (
         ("key", _I64), ("start", _I64), ("length", _I64), ("weight", _F64), ("history", _I32), ("law", _I32),
-        ("node", _I32),
+        ("node", _I32), ("group", _I32),
     )  # fmt: skip
 
 
@@ -84,13 +84,13 @@ class Which(enum.IntEnum):
 
     ALL = 0
     COLD = 1
-    DUE = 2
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ts_sequence_new": (_PTR, [_I64, _PTR, _I32]),
     "ts_sequence_free": (None, [_PTR]),
     "ts_heads": (_I64, [_PTR, _I64, _I32, _PTR, _I64]),
+    "ts_due": (_I64, [_PTR, _PTR, _I64]),
     "ts_history": (_I64, [_PTR, _I64, _I32, _PTR, _I64]),
     "ts_put_law": (None, [_PTR, _I64, _I32, _PTR, _I64, _PTR]),
     "ts_feed": (None, [_PTR, _I64, _I64, _I32]),
@@ -177,21 +177,32 @@ def _address(array: npt.NDArray[Any]) -> int:
     return address
 
 
-def _listed(kind: Any, room: int, fill: Callable[[Any, int], int]) -> list[Any]:
-    """What `fill(array of kind, its length)` writes; it returns how much there is, which may be more than that."""
-    while True:
-        out = (kind * room)()
-        count = fill(out, room)
-        if count <= room:
-            return list(out[:count])
-        room = count
+class _Listing:
+    """What a call writes into an array that is kept for the next one: to make it would take longer than the call."""
+
+    def __init__(self, kind: Any, room: int, function: Any) -> None:
+        """function(*arguments, array, its length): returns how much there is, which may be more than that."""
+        self._kind = kind
+        self._room = room
+        self._function = function
+        self._out = (kind * room)()
+
+    def __call__(self, *arguments: object) -> list[Any]:
+        """Until the next call: structures in it are written over."""
+        count = self._function(*arguments, self._out, self._room)
+        if count > self._room:
+            self._room = count
+            self._out = (self._kind * count)()
+            self._function(*arguments, self._out, count)
+        listed: list[Any] = self._out[:count]
+        return listed
 
 
 class ByteWalk:
     """One text: several groups of heads in C++. Not for several threads at once."""
 
     def __init__(self, groups: Sequence[WalkGroup], *, log_linear: bool) -> None:
-        self._library = _library()
+        self._library = library = _library()
         self._groups = list(groups)  # keeps the tries' arrays alive
         self._exponents = [np.asarray(group.exponents, dtype=np.float64) for group in groups]
         specs = (_GroupSpec * len(groups))(
@@ -204,6 +215,10 @@ class ByteWalk:
         self._shares = (_F64 * self.experts)()
         self._view.shares = ctypes.addressof(self._shares)
         self._room = 0
+        self._heads = _Listing(HeadView, 16, library.ts_heads)
+        self._due = _Listing(HeadView, 16, library.ts_due)
+        self._history = _Listing(_I32, 256, library.ts_history)
+        self._used_laws = _Listing(_I32, 32, library.ts_used_laws)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
@@ -220,13 +235,16 @@ class ByteWalk:
         )  # fmt: skip
 
     def heads(self, group: int, which: Which) -> list[HeadView]:
-        """Heads of a group; the cold and the due ones heaviest first."""
-        return _listed(HeadView, 16, lambda out, room: self._library.ts_heads(self.handle, group, which, out, room))
+        """Heads of a group as they are now, until the next call; the cold ones heaviest first."""
+        return self._heads(self.handle, group, which)
+
+    def due(self) -> list[HeadView]:
+        """Cold heads of every group that its law cannot do without, heaviest first; until the next call."""
+        return self._due(self.handle)
 
     def history(self, group: int, history: int) -> tuple[int, ...]:
         """The tokens of a head's history beyond the group's first one."""
-        tokens = _listed(_I32, 256, lambda out, room: self._library.ts_history(self.handle, group, history, out, room))
-        return tuple(tokens)
+        return tuple(self._history(self.handle, group, history))
 
     def put_law(self, group: int, slot: int, own: LawView, members: Sequence[LawView]) -> None:
         """Put a law, and its members', into a slot of the caller's choice."""
@@ -236,7 +254,7 @@ class ByteWalk:
     def feed(self, group: int, key: int, slot: int) -> list[int]:
         """Give the law in a slot to a cold head; returns the slots that heads have laws in after that."""
         self._library.ts_feed(self.handle, group, key, slot)
-        return _listed(_I32, 32, lambda out, room: self._library.ts_used_laws(self.handle, group, out, room))
+        return self._used_laws(self.handle, group)
 
     def law(self, group: int) -> npt.NDArray[np.float64]:
         """A group's next-symbol law: [257]."""

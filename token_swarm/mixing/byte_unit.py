@@ -131,9 +131,9 @@ class ByteUnit:
         """Cold heads of every group that its law cannot do without."""
         return [Need(g, head.tokens, head) for g, state in enumerate(self.states) for head in state.due()]
 
-    def ahead(self, need: Need, rows: Sequence[Tensor]) -> Callable[[], ByteLaw]:
+    def ahead(self, need: Need, rows: Sequence[Tensor], stopwatch: Stopwatch) -> Callable[[], ByteLaw]:
         """Makes the law of one head."""
-        return partial(self._law, need.group, rows, Stopwatch())
+        return partial(self._law, need.group, rows, stopwatch)
 
     def feed(self, need: Need, rows: Sequence[Tensor], made: ByteLaw | None = None) -> None:
         """Give one head its law."""

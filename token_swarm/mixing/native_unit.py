@@ -18,7 +18,7 @@ from token_swarm.mixing.byte_law import END, EXACT_BELOW, Array, ByteLaw
 from token_swarm.mixing.byte_unit import ByteUnit, GroupState
 from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.trie import ByteTrie
-from token_swarm.mixing.unit import Walk
+from token_swarm.mixing.unit import Need, Walk
 from token_swarm.particle import Rule
 
 
@@ -42,14 +42,15 @@ class NativeGroup:
 
     def due(self) -> list[NativeHead]:
         """See `ByteGroup.due`."""
-        return [self._head(view) for view in self._walk.heads(self._index, Which.DUE)]
+        return [self.head(view) for view in self._walk.due() if view.group == self._index]
 
     @property
     def cold(self) -> list[NativeHead]:
         """See `ByteGroup.cold`."""
-        return [self._head(view) for view in self._walk.heads(self._index, Which.COLD)]
+        return [self.head(view) for view in self._walk.heads(self._index, Which.COLD)]
 
-    def _head(self, view: HeadView) -> NativeHead:
+    def head(self, view: HeadView) -> NativeHead:
+        """One of the group's own."""
         return NativeHead(view.key, self._prompt + self._walk.history(self._index, view.history))
 
     def feed(self, head: NativeHead, law: ByteLaw) -> None:
@@ -57,7 +58,8 @@ class NativeGroup:
         slot = next(slot for slot in range(len(self._laws) + 1) if slot not in self._laws)
         self._put(slot, law)
         used = self._walk.feed(self._index, head.key, slot)
-        self._laws = {slot: self._laws[slot] for slot in used}
+        if len(used) < len(self._laws):
+            self._laws = {slot: self._laws[slot] for slot in used}
 
     def _put(self, slot: int, law: ByteLaw) -> None:
         self._laws[slot] = law
@@ -156,6 +158,14 @@ class NativeByteUnit(ByteUnit):
             NativeGroup(self.walker, index, start.trie, start.heads[0].tokens) for index, start in enumerate(starts)
         ]
         return self._natives
+
+    def due(self) -> list[Need]:
+        """See `ByteUnit.due`."""
+        needs = []
+        for view in self.walker.due():
+            head = self._natives[view.group].head(view)
+            needs.append(Need(view.group, head.tokens, head))
+        return needs
 
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
         """Choose bytes until some group needs a forward."""

@@ -44,6 +44,11 @@ class Stopwatch:
         """Count what runs inside of the context. Not for use inside of itself."""
         return Measurement(self.seconds, part)
 
+    def add(self, other: Stopwatch) -> None:
+        """Count what another one has counted as well."""
+        for part, seconds in other.seconds.items():
+            self.seconds[part] += seconds
+
     @property
     def total(self) -> float:
         """Seconds of all parts."""

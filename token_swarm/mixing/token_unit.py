@@ -34,9 +34,9 @@ class TokenUnit:
         """The whole history, once a token."""
         return [] if self._law is not None else [Need(0, self._tokens, None)]
 
-    def ahead(self, need: Need, rows: Sequence[Tensor]) -> None:
+    def ahead(self, need: Need, rows: Sequence[Tensor], stopwatch: Stopwatch) -> None:
         """Nothing: there is one group, so that nobody is waited for once its members have answered."""
-        del need, rows
+        del need, rows, stopwatch
 
     def feed(self, need: Need, rows: Sequence[Tensor], made: None = None) -> None:
         """Mix the members' rows into the law of the next token."""

@@ -109,9 +109,9 @@ class UnionUnit:
             Need(g, reader.tokens, None) for g, reader in enumerate(self._readers) if not (reader.fresh or reader.lost)
         ]
 
-    def ahead(self, need: Need, rows: Sequence[Tensor]) -> None:
+    def ahead(self, need: Need, rows: Sequence[Tensor], stopwatch: Stopwatch) -> None:
         """Nothing: the law is one of all experts."""
-        del need, rows
+        del need, rows, stopwatch
 
     def feed(self, need: Need, rows: Sequence[Tensor], made: None = None) -> None:
         """Keep an expert's row; the last one that is due makes the law."""

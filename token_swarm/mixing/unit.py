@@ -63,10 +63,10 @@ class MixingUnit(Protocol):
         """Histories to forward before `walk` may be called."""
         ...
 
-    def ahead(self, need: Need, rows: Sequence[Tensor]) -> Callable[[], object] | None:
+    def ahead(self, need: Need, rows: Sequence[Tensor], stopwatch: Stopwatch) -> Callable[[], object] | None:
         """The part of `feed` that depends on nothing but its arguments, or None where there is none.
 
-        It may run in any thread, at the same time as anything else; the stopwatch does not count it.
+        It may run in any thread, at the same time as anything else that does not count in this `stopwatch`.
         """
         ...
 

@@ -28,7 +28,7 @@ struct GroupSpec {
 struct HeadView {
     int64_t key, start, length;
     double weight;
-    int32_t history, law, node;
+    int32_t history, law, node, group;
 };
 
 struct GroupView {
@@ -520,8 +520,8 @@ Law make_law(const LawView* own, int64_t members, const LawView* member_laws) {
     return {*own, std::vector<LawView>(member_laws, member_laws + members), {}};
 }
 
-HeadView view(const Head& head) {
-    return {head.key, head.start, head.length, head.weight, head.history, head.law, head.node};
+HeadView view(const Head& head, int64_t group) {
+    return {head.key, head.start, head.length, head.weight, head.history, head.law, head.node, int32_t(group)};
 }
 
 }  // namespace
@@ -537,16 +537,27 @@ TS_API void ts_sequence_free(void* sequence) { delete static_cast<Sequence*>(seq
 
 #define TS_GROUP (static_cast<Sequence*>(sequence)->groups[size_t(group)])
 
-// Heads of a group: 0 all of them, 1 the cold ones (heaviest first), 2 those that are due. Returns their number.
+// Heads of a group: 0 all of them, 1 the cold ones, heaviest first. Returns their number.
 TS_API int64_t ts_heads(void* sequence, int64_t group, int32_t which, HeadView* out, int64_t room) {
     const Group& own = TS_GROUP;
     std::vector<int> chosen;
     if (which == 0)
         for (size_t i = 0; i < own.heads.size(); i++) chosen.push_back(int(i));
     else
-        chosen = which == 1 ? own.cold() : own.due();
-    for (size_t i = 0; i < chosen.size() && int64_t(i) < room; i++) out[i] = view(own.heads[size_t(chosen[i])]);
+        chosen = own.cold();
+    for (size_t i = 0; i < chosen.size() && int64_t(i) < room; i++) out[i] = view(own.heads[size_t(chosen[i])], group);
     return int64_t(chosen.size());
+}
+
+// Cold heads of every group that its law cannot do without, heaviest first. Returns their number.
+TS_API int64_t ts_due(void* sequence, HeadView* out, int64_t room) {
+    int64_t count = 0, group = 0;
+    for (const Group& own : static_cast<Sequence*>(sequence)->groups) {
+        for (int i : own.due())
+            if (count++ < room) out[count - 1] = view(own.heads[size_t(i)], group);
+        group++;
+    }
+    return count;
 }
 
 TS_API int64_t ts_history(void* sequence, int64_t group, int32_t history, int32_t* out, int64_t room) {
@@ -566,11 +577,14 @@ TS_API void ts_feed(void* sequence, int64_t group, int64_t key, int32_t slot) { 
 
 // The slots whose laws heads have, each once, to out: [room]. Returns how many there are.
 TS_API int64_t ts_used_laws(void* sequence, int64_t group, int32_t* out, int64_t room) {
-    std::vector<int32_t> used;
+    int64_t count = 0;
+    std::vector<bool> used(TS_GROUP.laws.size());
     for (const Head& head : TS_GROUP.heads)
-        if (head.law >= 0 && std::find(used.begin(), used.end(), head.law) == used.end()) used.push_back(head.law);
-    for (size_t i = 0; i < used.size() && int64_t(i) < room; i++) out[i] = used[i];
-    return int64_t(used.size());
+        if (head.law >= 0 && !used[size_t(head.law)]) {
+            used[size_t(head.law)] = true;
+            if (count++ < room) out[count - 1] = head.law;
+        }
+    return count;
 }
 
 TS_API void ts_group_law(void* sequence, int64_t group, double* out) {
