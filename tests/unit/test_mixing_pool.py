@@ -47,7 +47,9 @@ async def test_several_are_mixed_at_the_same_time(pool: MixingPool) -> None:
 
 
 async def test_each_thread_gets_a_share(pool: MixingPool) -> None:
-    ran = await asyncio.gather(*(pool.mix(lambda number=number: (number, threading.get_ident())) for number in range(7)))  # type: ignore[misc]
+    ran = await asyncio.gather(
+        *(pool.mix(lambda number=number: (number, threading.get_ident())) for number in range(7))
+    )  # type: ignore[misc]
     assert [number for number, _ in ran] == list(range(7))
     assert threading.get_ident() not in {thread for _, thread in ran}
 
