@@ -1,7 +1,8 @@
 """The ensemble beside its floor, its experts alone and its rivals, in turns: `python -m bench compare --help`.
 
 Every contestant takes a turn in every round, on the same prompts and the same cores, one core an expert; a ratio is the
-median over the rounds of that round's ratio, so that what drifts cancels.
+median over the rounds of that round's ratio, so that what drifts cancels. The ensemble and its floor take two turns a
+round.
 
 floor: the forwards that the ensemble ran in the same round, run again by the same experts at the same time, without a
 coordinator (bench/rivals/recording_expert.py). own forwards: those forwards themselves, as the expert that took longer
@@ -9,7 +10,7 @@ for them clocked them while the texts were written. None of these drafts; "with 
 when nobody says otherwise. alone: one expert through the same server. bytes: one expert through
 the same server in the byte unit, marginal over tokenizations. generate: `model.generate`, one thread. lockstep: the
 ensemble of GaC and UniTE, one thread a model or both threads one model after the other. genlm: genlm-bytes on one
-expert, one thread or all, after a prompt of at most 24 bytes.
+expert, one thread or all, three texts of a few bytes after prompts of at most 24.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ GENLM_PROMPT = 24
 LOCKSTEP = ("lockstep, a thread each", "lockstep, in turn")
 # What the coordinator has not told the experts yet when a client has its last byte: that the text's KV is free.
 _SETTLE_SECONDS = 0.3
+_FLOOR_TURNS = 2
+"""In a round."""
+_GENLM_TEXTS = 3
+"""In a turn."""
 
 
 @dataclass
@@ -121,22 +126,47 @@ class Swarm:
 async def swarm_turn(
     swarm: Swarm, found: Round, plan: Plan, experts: Sequence[str], *, streams: int, texts: int, seed: int
 ) -> None:
-    """The ensemble, its floor, and each expert alone, under one load."""
+    """The ensemble with its floor, and each expert alone, under one load."""
     load = Load(concurrency=streams)
-    for name, fields in plan.mixtures(experts, alone=True).items():
-        requests = [plan.request(fields, seed + number) for number in range(texts)]
-        if name == ENSEMBLE:
-            swarm.record()
-            before = await swarm.forwards()
+    own, *singles = plan.mixtures(experts, alone=True).items()
+    await _floor_turn(swarm, found, plan, own[1], experts, load, texts=texts, seed=seed)
+    for name, fields in singles:
+        stretch = await swarm.write(load, [plan.request(fields, seed + number) for number in range(texts)])
+        found.per_byte[f"alone {name}, {load}"] = stretch.ms_per_byte
+        found.wall[f"alone {name}, {load}"] = 1000 * stretch.seconds / _written(stretch)
+
+
+async def _floor_turn(
+    swarm: Swarm,
+    found: Round,
+    plan: Plan,
+    fields: Mapping[str, Any],
+    experts: Sequence[str],
+    load: Load,
+    *,
+    texts: int,
+    seed: int,
+) -> None:
+    """The ensemble and its floor, twice in turns: either takes a few seconds, in which a machine can have a mood."""
+    per_byte, written = 0.0, 0
+    seconds = dict.fromkeys((ENSEMBLE, "own forwards", "floor"), 0.0)
+    for turn in range(_FLOOR_TURNS):
+        requests = [plan.request(fields, seed + turn * texts + number) for number in range(texts)]
+        swarm.record()
+        before = await swarm.forwards()
         stretch = await swarm.write(load, requests)
-        key = f"{ENSEMBLE if name == ENSEMBLE else f'alone {name}'}, {load}"
-        written = sum(sample.length for sample in stretch.samples)
-        found.per_byte[key] = stretch.ms_per_byte
-        found.wall[key] = 1000 * stretch.seconds / written
-        if name == ENSEMBLE:
-            after = await swarm.forwards()
-            found.wall[f"own forwards, {load}"] = 1000 * max(after[own] - before[own] for own in experts) / written
-            found.wall[f"floor, {load}"] = 1000 * await swarm.floor() / written
+        after = await swarm.forwards()
+        per_byte += stretch.ms_per_byte / _FLOOR_TURNS
+        written += _written(stretch)
+        seconds[ENSEMBLE] += stretch.seconds
+        seconds["own forwards"] += max(after[name] - before[name] for name in experts)
+        seconds["floor"] += await swarm.floor()
+    found.per_byte[f"{ENSEMBLE}, {load}"] = per_byte
+    found.wall |= {f"{name}, {load}": 1000 * taken / written for name, taken in seconds.items()}
+
+
+def _written(stretch: Stretch) -> int:
+    return sum(sample.length for sample in stretch.samples)
 
 
 async def draft_turn(swarm: Swarm, found: Round, plan: Plan, *, texts: int, seed: int) -> None:
@@ -186,7 +216,7 @@ async def genlm_turn(name: str, child: Child, plan: Plan, threads: dict[str, int
     """genlm-bytes with one thread or all, whichever was faster in its first turn; `threads` remembers."""
     tried: dict[int, float] = {}
     for count in [threads[name]] if name in threads else sorted({1, len(available_cores())}):
-        await rival_turn(child, found, plan, texts=1, seed=seed, **{name: {"threads": count}})
+        await rival_turn(child, found, plan, texts=_GENLM_TEXTS, seed=seed, **{name: {"threads": count}})
         tried[count] = found.per_byte[name]
     threads[name] = min(tried, key=tried.__getitem__)
 
@@ -196,7 +226,7 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
     models = {name: options.models / name for name in options.experts}
     experts, cores = list(models), len(available_cores())
     plan = Plan(options.prompt_bytes, options.max_bytes, draft_tokens=0)
-    # It is slow, also at reading: fewer bytes of one text, after a short prompt.
+    # It is slow, also at reading: fewer bytes after a short prompt.
     short = Plan(min(GENLM_PROMPT, plan.prompt_bytes), options.genlm_bytes)
     rounds: list[Round] = []
     threads: dict[str, int] = {}
