@@ -11,7 +11,7 @@ from pathlib import Path
 
 import bench
 
-_NOT_PROGRAMS = {"common", "plots"}
+_NOT_PROGRAMS = {"common", "plots", "recorded_swarm"}
 
 
 def programs() -> dict[str, str]:

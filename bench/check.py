@@ -25,8 +25,9 @@ from token_swarm_server.benchmark.plan import Plan
 from token_swarm_server.benchmark.tables import Table
 
 from bench.common import DEMO_EXPERTS, print_facts, print_json
-from bench.compare import Round, Swarm, draft_turn, round_ratios, swarm_turn
+from bench.compare import Round, draft_turn, round_ratios, swarm_turn
 from bench.kernels import interleaved
+from bench.recorded_swarm import Swarm
 from token_swarm.kernels import STRIDE, dispatch, eager
 from token_swarm.particle import Rule
 

@@ -7,10 +7,10 @@ round.
 floor: the forwards that the ensemble ran in the same round, run again by the same experts at the same time, without a
 coordinator (bench/rivals/recording_expert.py). own forwards: those forwards themselves, as the expert that took longer
 for them clocked them while the texts were written. None of these drafts; "with drafts" is the ensemble as it is served
-when nobody says otherwise. alone: one expert through the same server. bytes: one expert through
-the same server in the byte unit, marginal over tokenizations. generate: `model.generate`, one thread. lockstep: the
-ensemble of GaC and UniTE, one thread a model or both threads one model after the other. genlm: genlm-bytes on one
-expert, one thread or all, three texts of a few bytes after prompts of at most 24.
+when nobody says otherwise. alone: one expert through the same server. generate: `model.generate`, one thread. lockstep:
+the ensemble of GaC and UniTE, one thread a model or both threads one model after the other. genlm: genlm-bytes on one
+expert, one thread or all, three texts of a few bytes after prompts of at most 24; on both: on all experts at the same
+time, one thread each, the slower one of them.
 """
 
 from __future__ import annotations
@@ -20,43 +20,38 @@ import asyncio
 import contextlib
 import json
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
-from token_swarm_server.benchmark.load import Load, Stretch, run_load
-from token_swarm_server.benchmark.own_server import own_server
+from token_swarm_server.benchmark.load import Load, Stretch
 from token_swarm_server.benchmark.plan import ENSEMBLE, Plan
 from token_swarm_server.benchmark.statistics import Spread
 from token_swarm_server.benchmark.tables import Table
-from token_swarm_server.cli.client import connect
 from token_swarm_server.cores import available_cores
 
 from bench.common import DEMO_EXPERTS, give, show
+from bench.recorded_swarm import Swarm
 from bench.rivals.child import Child, ChildError
-from token_swarm.v1 import swarm_pb2
 
 GENLM_PYTHON = Path(".venv-genlm/bin/python")
 TARGETS = {
     "ensemble / floor, 1 stream": ("at most", 1.15),
     "ensemble / floor, 8 streams": ("at most", 1.15),
     "ensemble / slower expert alone, 1 stream": ("at most", 1.25),
-    "genlm gemma3 / ensemble with drafts": ("at least", 5.0),
-    "genlm smollm2 / ensemble with drafts": ("at least", 5.0),
+    "genlm on both / ensemble": ("at least", 5.0),
+    "genlm gemma3 / ensemble": ("at least", 5.0),
+    "genlm smollm2 / ensemble": ("at least", 5.0),
     "lockstep / ensemble": ("at least", 1.5),
 }
 DRAFTING = f"{ENSEMBLE} with drafts"
+GENLM_PAIR = "genlm on both"
 GENLM_PROMPT = 24
 """Bytes of its prompt at most."""
 LOCKSTEP = ("lockstep, a thread each", "lockstep, in turn")
-# What the coordinator has not told the experts yet when a client has its last byte: that the text's KV is free.
-_SETTLE_SECONDS = 0.3
 _FLOOR_TURNS = 2
 """In a round."""
 _GENLM_TEXTS = 3
@@ -69,58 +64,6 @@ class Round:
 
     per_byte: dict[str, float] = field(default_factory=dict)
     wall: dict[str, float] = field(default_factory=dict)
-
-
-class Swarm:
-    """A real server over recording experts, and the pipes to tell them to replay."""
-
-    def __init__(self, stub: Any, recorders: Mapping[str, Child]) -> None:
-        self._stub = stub
-        self.recorders = recorders
-
-    @classmethod
-    @asynccontextmanager
-    async def start(cls, models: Mapping[str, Path], coordinator: Mapping[str, Any]) -> AsyncIterator[Swarm]:
-        """Start the experts, one thread each, and `token-swarm serve` before them."""
-        with tempfile.TemporaryDirectory(prefix="token-swarm-bench-") as folder, contextlib.ExitStack() as stack:
-            recorders = {}
-            for name, path in models.items():
-                command = (sys.executable, "-m", "bench.rivals.recording_expert", "--name", name)
-                arguments = ("--model", str(path), "--listen", f"unix:{folder}/{name}.sock")
-                recorders[name] = Child(name, (*command, *arguments), threads=1)
-                stack.callback(recorders[name].close)
-            addresses = {name: {"address": child.receive()["address"]} for name, child in recorders.items()}
-            config = Path(folder) / "swarm.yaml"
-            document = {"experts": addresses, "coordinator": dict(coordinator), "cache": f"{folder}/cache"}
-            config.write_text(yaml.safe_dump(document), encoding="utf-8")
-            async with own_server(config) as address, connect(address) as stub:
-                yield cls(stub, recorders)
-
-    async def write(self, load: Load, requests: Sequence[swarm_pb2.GenerateRequest]) -> Stretch:
-        """Send requests; every one must be answered. Raises ChildError."""
-        stretch = await run_load(self._stub, load, requests, seed=0)
-        if stretch.failures:
-            failure = stretch.failures[0]
-            raise ChildError(f"server: {failure.code} {failure.details}")
-        return stretch
-
-    async def forwards(self) -> dict[str, float]:
-        """Seconds that each expert has computed so far."""
-        status = await self._stub.GetStatus(swarm_pb2.GetStatusRequest())
-        return {expert.expert: expert.compute_seconds for expert in status.experts}
-
-    def record(self) -> None:
-        """Forget the steps so far."""
-        for child in self.recorders.values():
-            child.call(do="start")
-
-    async def floor(self) -> float:
-        """Seconds until every expert has run its recorded forwards again, all at the same time."""
-        await asyncio.sleep(_SETTLE_SECONDS)
-        for child in self.recorders.values():
-            child.send(do="replay")
-        replays = [await asyncio.to_thread(child.receive) for child in self.recorders.values()]
-        return max(float(replay["seconds"]) for replay in replays)
 
 
 async def swarm_turn(
@@ -176,15 +119,6 @@ async def draft_turn(swarm: Swarm, found: Round, plan: Plan, *, texts: int, seed
     found.per_byte[DRAFTING] = (await swarm.write(Load(concurrency=1), requests)).ms_per_byte
 
 
-async def byte_turn(swarm: Swarm, found: Round, plan: Plan, experts: Sequence[str], *, texts: int, seed: int) -> None:
-    """Each expert alone in the byte unit, exact up to epsilon as the ensemble is: what genlm-bytes computes."""
-    for name, fields in plan.mixtures(experts, alone=True).items():
-        if name != ENSEMBLE:
-            byte = {**fields, "unit": swarm_pb2.UNIT_BYTE}
-            requests = [plan.request(byte, seed + number) for number in range(texts)]
-            found.per_byte[f"bytes {name}"] = (await swarm.write(Load(concurrency=1), requests)).ms_per_byte
-
-
 async def rival_turn(
     child: Child, found: Round, plan: Plan, *, texts: int, seed: int, **jobs: Mapping[str, Any]
 ) -> None:
@@ -221,6 +155,20 @@ async def genlm_turn(name: str, child: Child, plan: Plan, threads: dict[str, int
     threads[name] = min(tried, key=tried.__getitem__)
 
 
+async def genlm_pair_turn(children: Sequence[Child], plan: Plan, found: Round, seed: int) -> None:
+    """genlm-bytes on every expert at the same time, one thread each: a mixture of their laws waits for the slowest."""
+    pairs = [Round() for _ in children]
+    jobs: dict[str, Mapping[str, Any]] = {GENLM_PAIR: {"threads": 1}}
+    await asyncio.gather(
+        *(
+            rival_turn(child, own, plan, texts=_GENLM_TEXTS, seed=seed, **jobs)
+            for child, own in zip(children, pairs, strict=True)
+        )
+    )
+    if all(GENLM_PAIR in own.per_byte for own in pairs):
+        found.per_byte[GENLM_PAIR] = max(own.per_byte[GENLM_PAIR] for own in pairs)
+
+
 async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> dict[str, Any]:
     """All rounds; figures and ratios for JSON."""
     models = {name: options.models / name for name in options.experts}
@@ -246,14 +194,17 @@ async def compare(options: argparse.Namespace, say: Callable[[str], object]) -> 
                     texts = max(options.texts, streams)
                     await swarm_turn(swarm, found, plan, experts, streams=streams, texts=texts, seed=seed)
                 await draft_turn(swarm, found, plan, texts=options.texts, seed=seed)
-                if any(name.startswith("genlm") for name in rivals):
-                    await byte_turn(swarm, found, plan, experts, texts=options.texts, seed=seed)
                 for name in list(rivals):
                     try:
                         await turns[name](found, seed)
                     except ChildError as error:
                         say(f"left out from here on: {error}")
                         del rivals[name]
+                pair = [child for name, child in rivals.items() if name.startswith("genlm")]
+                if len(pair) == len(experts):
+                    # One that ends here says so in its own next turn.
+                    with contextlib.suppress(ChildError):
+                        await genlm_pair_turn(pair, short, found, seed)
                 # The first round warms up.
                 if number:
                     rounds.append(found)
@@ -307,16 +258,20 @@ def round_ratios(found: Round, experts: Sequence[str], streams: Sequence[int]) -
         ratios[f"ensemble / slower expert alone, {load}"] = per_byte[own] / slower
     if DRAFTING in per_byte:
         ratios[f"{DRAFTING} / without"] = per_byte[DRAFTING] / per_byte[one]
+    rivals = {
+        f"{GENLM_PAIR} / ensemble": (GENLM_PAIR, one),
+        f"{GENLM_PAIR} / {DRAFTING}": (GENLM_PAIR, DRAFTING),
+    }
     for name in experts:
-        rivals = {
+        rivals |= {
             f"generate {name} / alone": (f"generate {name}", f"alone {name}, {Load(concurrency=1)}"),
-            f"genlm {name} / bytes": (f"genlm {name}", f"bytes {name}"),
+            f"genlm {name} / alone": (f"genlm {name}", f"alone {name}, {Load(concurrency=1)}"),
             f"genlm {name} / ensemble": (f"genlm {name}", one),
             f"genlm {name} / {DRAFTING}": (f"genlm {name}", DRAFTING),
         }
-        for label, (above, below) in rivals.items():
-            if above in per_byte and below in per_byte:
-                ratios[label] = per_byte[above] / per_byte[below]
+    for label, (above, below) in rivals.items():
+        if above in per_byte and below in per_byte:
+            ratios[label] = per_byte[above] / per_byte[below]
     ways = [per_byte[way] for way in LOCKSTEP if way in per_byte]
     if ways and one in per_byte:
         # The faster of its two ways, round by round.

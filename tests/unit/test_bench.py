@@ -173,10 +173,13 @@ def test_ratios_of_those_that_took_part():
     assert plain["ensemble / own forwards, 8 streams"] == pytest.approx(23 / 21)
     assert plain["ensemble / slower expert alone, 1 stream"] == pytest.approx(1.1)
     assert not [name for name in plain if "genlm" in name or "lockstep" in name]
-    found.per_byte |= {"lockstep, in turn": 44.0, "lockstep, a thread each": 33.0, "genlm b": 400.0, "bytes b": 25.0}
+    found.per_byte |= {"lockstep, in turn": 44.0, "lockstep, a thread each": 33.0, "genlm b": 400.0}
+    found.per_byte |= {"genlm on both": 440.0, "ensemble with drafts": 11.0}
     more = round_ratios(found, ["a", "b"], [1])
     assert more["lockstep / ensemble"] == pytest.approx(1.5)
-    assert more["genlm b / bytes"] == pytest.approx(16.0)
+    assert more["genlm b / alone"] == pytest.approx(20.0)
+    assert more["genlm on both / ensemble"] == pytest.approx(20.0)
+    assert more["genlm on both / ensemble with drafts"] == pytest.approx(40.0)
     spread = {"median": 1.6, "low": 1.4, "high": 1.7}
     shown = tables({"ms_per_byte": {}, "wall_ms_per_byte": {}, "ratios": {"lockstep / ensemble": spread}})[1]
     assert shown.rows == [("lockstep / ensemble", "1.60 [1.40, 1.70]", "at least 1.5", "yes")]
