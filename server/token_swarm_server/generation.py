@@ -63,7 +63,7 @@ class Generation:
         self._prompts: dict[str, EncodedPrompt] = {}
         self._round: Round | None = None
         self._ready: asyncio.Future[None] | None = None
-        self._ahead = 0  # works on the round that have not ended
+        self._awaited = 0  # answers of the round that have not come, and works on answers that have not ended
         self._late: list[Stopwatch] = []  # of those that began when all had answered
         self._faults = 0
         self._took = 0.0
@@ -147,22 +147,22 @@ class Generation:
             stopwatch = Stopwatch()
             work = self._opened.ahead(name, answer.result(), stopwatch)
             if work is not None:
-                self._ahead += 1
+                self._awaited += 1
                 self._pool.begin(work).add_done_callback(partial(self._made, round_))
                 if round_.answered:
                     self._late.append(stopwatch)
-        self._get_ready(round_)
+        self._came()
 
     def _made(self, round_: Round, work: asyncio.Future[None]) -> None:
         """What was begun on one answer has ended; if it failed, `resume` fails as well."""
         work.exception()
         if round_ is self._round:
-            self._ahead -= 1
-            self._get_ready(round_)
+            self._came()
 
-    def _get_ready(self, round_: Round) -> None:
-        """The text can go on when all have answered and nothing is being made of it any more."""
-        if round_.answered and not self._ahead and self._ready is not None and not self._ready.done():
+    def _came(self) -> None:
+        """One of the things has come that the text waits for."""
+        self._awaited -= 1
+        if not self._awaited and self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
     def _end_pause(self) -> None:
@@ -173,7 +173,8 @@ class Generation:
     async def _resume(self, round_: Round) -> None:
         """Give the decoder what came back, and see to the experts that were lost."""
         # One future for all that a text waits for: it is woken once.
-        self._ready, self._ahead, self._late = asyncio.get_running_loop().create_future(), 0, []
+        self._ready = asyncio.get_running_loop().create_future()
+        self._awaited, self._late = len(round_.futures), []
         for name, future in round_.futures.items():
             # Not before: a text whose reader is slow holds up nobody.
             future.add_done_callback(partial(self._answered, round_, name))
