@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from token_swarm_server.benchmark.load import Load, Stretch
+from token_swarm_server.benchmark.load import Load
 from token_swarm_server.benchmark.plan import ENSEMBLE, Plan
 from token_swarm_server.benchmark.statistics import Spread
 from token_swarm_server.benchmark.tables import Table
@@ -36,6 +36,7 @@ from token_swarm_server.cores import available_cores
 from bench.common import DEMO_EXPERTS, give, show
 from bench.recorded_swarm import Swarm
 from bench.rivals.child import Child, ChildError
+from token_swarm.v1 import swarm_pb2
 
 GENLM_PYTHON = Path(".venv-genlm/bin/python")
 TARGETS = {
@@ -71,45 +72,38 @@ async def swarm_turn(
 ) -> None:
     """The ensemble with its floor, and each expert alone, under one load."""
     load = Load(concurrency=streams)
-    own, *singles = plan.mixtures(experts, alone=True).items()
-    await _floor_turn(swarm, found, plan, own[1], experts, load, texts=texts, seed=seed)
-    for name, fields in singles:
-        stretch = await swarm.write(load, [plan.request(fields, seed + number) for number in range(texts)])
+    for name, fields in plan.mixtures(experts, alone=True).items():
+        requests = [plan.request(fields, seed + number) for number in range(texts)]
+        if name == ENSEMBLE:
+            await _floor_turn(swarm, found, experts, load, requests)
+            continue
+        stretch = await swarm.write(load, requests)
         found.per_byte[f"alone {name}, {load}"] = stretch.ms_per_byte
-        found.wall[f"alone {name}, {load}"] = 1000 * stretch.seconds / _written(stretch)
+        found.wall[f"alone {name}, {load}"] = 1000 / stretch.bytes_per_second
 
 
 async def _floor_turn(
     swarm: Swarm,
     found: Round,
-    plan: Plan,
-    fields: Mapping[str, Any],
     experts: Sequence[str],
     load: Load,
-    *,
-    texts: int,
-    seed: int,
+    requests: Sequence[swarm_pb2.GenerateRequest],
 ) -> None:
     """The ensemble and its floor, twice in turns: either takes a few seconds, in which a machine can have a mood."""
     per_byte, written = 0.0, 0
     seconds = dict.fromkeys((ENSEMBLE, "own forwards", "floor"), 0.0)
-    for turn in range(_FLOOR_TURNS):
-        requests = [plan.request(fields, seed + turn * texts + number) for number in range(texts)]
+    for _ in range(_FLOOR_TURNS):
         swarm.record()
         before = await swarm.forwards()
         stretch = await swarm.write(load, requests)
         after = await swarm.forwards()
         per_byte += stretch.ms_per_byte / _FLOOR_TURNS
-        written += _written(stretch)
+        written += stretch.length
         seconds[ENSEMBLE] += stretch.seconds
         seconds["own forwards"] += max(after[name] - before[name] for name in experts)
         seconds["floor"] += await swarm.floor()
     found.per_byte[f"{ENSEMBLE}, {load}"] = per_byte
     found.wall |= {f"{name}, {load}": 1000 * taken / written for name, taken in seconds.items()}
-
-
-def _written(stretch: Stretch) -> int:
-    return sum(sample.length for sample in stretch.samples)
 
 
 async def draft_turn(swarm: Swarm, found: Round, plan: Plan, *, texts: int, seed: int) -> None:

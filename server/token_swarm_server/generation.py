@@ -141,7 +141,7 @@ class Generation:
             return
         if round_.answered and not round_.answered_at:
             self._pause = self._pause or self._pool.pause()
-            self.members.answered(round_)
+            self.members.round_ended(round_)
         if not answer.cancelled() and answer.exception() is None:
             # Of the faster experts' answers it is made while the others compute.
             stopwatch = Stopwatch()
@@ -264,9 +264,7 @@ async def score_text(
     Raises ExpertUnavailable, and what `Scorer` does.
     """
     prompts = await members.encode()
-    pieces = await members.each(
-        lambda link: link.tokenize(scored_text(link.spec, prompts[link.name], text)[1])
-    )
+    pieces = await members.each(lambda link: link.tokenize(scored_text(link.spec, prompts[link.name], text)[1]))
     faults = 0
     while True:
         scorer = Scorer(ensemble, members.mixture, prompts, text, pieces, allocate)

@@ -111,10 +111,10 @@ class Members:
         except asyncio.CancelledError:
             round_.cancel()
             raise
-        self.answered(round_)
+        self.round_ended(round_)
         return self.outcomes(round_)
 
-    def answered(self, round_: Round) -> None:
+    def round_ended(self, round_: Round) -> None:
         """Every expert has answered, or was lost."""
         self._watch.round_ended(round_.futures, self.names, round_.asked_at, round_.sent_at)
         round_.answered_at = time.perf_counter()

@@ -100,13 +100,12 @@ class MixingPool:
         """Begin all that is waiting."""
         waiting, self._waiting = self._waiting, []
         if self._threads is None or self._mixing == 1:
-            for one in waiting:
-                self._end([one], _run([one.job]))
+            self._end(waiting, _run(waiting))
             return
         loop = asyncio.get_running_loop()
         # A share for each thread: they, and the event loop, are woken once.
         for part in _shares(waiting, self._workers):
-            running = loop.run_in_executor(self._threads, _run, [one.job for one in part])
+            running = loop.run_in_executor(self._threads, _run, part)
             running.add_done_callback(lambda ended, part=part: self._end(part, ended.result()))  # type: ignore[misc]
 
     def _end(self, jobs: Sequence[_Waiting], results: Sequence[_Result]) -> None:
@@ -124,11 +123,11 @@ def _shares(jobs: Sequence[_Waiting], count: int) -> list[Sequence[_Waiting]]:
     return [jobs[first:last] for first, last in pairwise(bounds) if first < last]
 
 
-def _run(jobs: Sequence[Callable[[], Any]]) -> list[_Result]:
+def _run(jobs: Sequence[_Waiting]) -> list[_Result]:
     results: list[_Result] = []
-    for job in jobs:
+    for one in jobs:
         try:
-            results.append((job(), None))
+            results.append((one.job(), None))
         except Exception as error:
             results.append((None, error))
     return results

@@ -77,7 +77,7 @@ async def test_nothing_works_on_an_answer_when_the_text_goes_on(
         mixture=SimpleNamespace(rule=Rule.LINEAR, active={}),
         encode=encode,
         ask=lambda _calls: Round(futures, 0.0),
-        answered=lambda _round: None,
+        round_ended=lambda _round: None,
         outcomes=Members.outcomes,
     )
     ensemble: Any = SimpleNamespace(unit=lambda *_: SimpleNamespace(kind=Unit.BYTE))

@@ -70,7 +70,12 @@ class Stretch:
     @property
     def bytes_per_second(self) -> float:
         """Output throughput."""
-        return sum(sample.length for sample in self.samples) / self.seconds
+        return self.length / self.seconds
+
+    @property
+    def length(self) -> int:
+        """Bytes of all texts."""
+        return sum(sample.length for sample in self.samples)
 
 
 async def run_load(
