@@ -41,12 +41,12 @@ types: $(STAMP) ## Check types
 
 experts: $(STAMP) ## Fetch and convert the demo experts
 	@$(BIN)/python -c 'from pathlib import Path; from rich.console import Console; \
-	from token_swarm_server.demo_experts import ensure_demo_experts; \
+	from token_swarm_server.assets.demo_experts import ensure_demo_experts; \
 	ensure_demo_experts(Path(".cache"), console=Console())'
 
 data: $(STAMP) ## Fetch and convert the evaluation data
 	@$(BIN)/python -c 'from pathlib import Path; from rich.console import Console; \
-	from token_swarm_server.search_data import ensure_search_data; \
+	from token_swarm_server.assets.search_data import ensure_search_data; \
 	ensure_search_data(Path(".cache"), console=Console(), texts=[Path("tests/data/prose.txt"), Path("tests/data/dialogue.txt")])'
 
 bench-check: $(STAMP) experts ## Compare this checkout's speed ratios with bench/baseline.json

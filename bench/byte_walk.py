@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from bench.common import give
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec
-from token_swarm.experts.token_bytes import eos_ids_of, vocabulary_of
+from token_swarm.experts.tokenizer.token_bytes import eos_ids_of, vocabulary_of
 from token_swarm.kernels.byte_walk import Status, walk_together
 from token_swarm.mixing.byte_law import ByteLaw, LawMaker
 from token_swarm.mixing.byte_unit import ByteUnit

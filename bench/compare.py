@@ -31,7 +31,7 @@ from token_swarm_server.benchmark.load import Load
 from token_swarm_server.benchmark.plan import ENSEMBLE, Plan
 from token_swarm_server.benchmark.statistics import Spread
 from token_swarm_server.benchmark.tables import Table
-from token_swarm_server.cores import available_cores
+from token_swarm_server.config.cores import available_cores
 
 from bench.common import DEMO_EXPERTS, give, show
 from bench.recorded_swarm import Swarm

@@ -15,7 +15,7 @@ import torch
 from bench.common import print_facts, print_json
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.experts.transformers import TransformersExpert
+from token_swarm.experts.transformers.expert import TransformersExpert
 from token_swarm.particle import Mixture, Rule
 
 

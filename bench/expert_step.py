@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.common import give
 from token_swarm.experts.contract import Close, Extend, Fork, Open, Rows
-from token_swarm.experts.transformers import TransformersExpert
+from token_swarm.experts.transformers.expert import TransformersExpert
 
 PROMPT = "The history of the printing press begins in the fifteenth century, when a goldsmith from Mainz"
 BATCH = 8

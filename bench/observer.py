@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from token_swarm_server.benchmark.tables import Table
-from token_swarm_server.counts import Counts
-from token_swarm_server.logs import JsonFormatter, RequestLog
-from token_swarm_server.metrics import SwarmCollector
-from token_swarm_server.observer import Observer, Outcome, Step
-from token_swarm_server.tracing import TraceSink
+from token_swarm_server.telemetry.counts import Counts
+from token_swarm_server.telemetry.logs import JsonFormatter, RequestLog
+from token_swarm_server.telemetry.metrics import SwarmCollector
+from token_swarm_server.telemetry.observer import Observer, Outcome, Step
+from token_swarm_server.telemetry.tracing import TraceSink
 
 from bench.common import give
 

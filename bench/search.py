@@ -22,10 +22,10 @@ from token_swarm import kernels
 from token_swarm.kernels import reference
 from token_swarm.particle import Rule
 from token_swarm.search.data import TextExample, load_jsonl
-from token_swarm.search.optimisers import OPTIMISERS, make_optimiser
-from token_swarm.search.oracles import Optimum, certificate_linear, em_linear, lbfgs_log_linear
-from token_swarm.search.score_cache import ExpertKey, ScoreCache, passages_hash
-from token_swarm.search.space import Space
+from token_swarm.search.optimisers.registry import OPTIMISERS, make_optimiser
+from token_swarm.search.optimisers.space import Space
+from token_swarm.search.report.oracles import Optimum, certificate_linear, em_linear, lbfgs_log_linear
+from token_swarm.search.score_cache.cache import ExpertKey, ScoreCache, passages_hash
 from token_swarm.search.utilities.likelihood import LogLikelihood
 from token_swarm.search.utility import Array
 
@@ -147,7 +147,7 @@ def regenerate(paths: dict[str, str], cache: Path, data: Path, examples: int, ev
     Timed on a few examples, and stretched to `evaluations` particles on all of them; beside it, the cached kernel.
     """
     from token_swarm.decoding.in_process import LocalEnsemble
-    from token_swarm.experts.transformers import TransformersExpert
+    from token_swarm.experts.transformers.expert import TransformersExpert
 
     local = LocalEnsemble({name: TransformersExpert(name, path, threads=1) for name, path in paths.items()})
     whole = load_jsonl(data, TextExample).examples

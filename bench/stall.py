@@ -19,8 +19,8 @@ from token_swarm_server.benchmark.own_server import own_server
 from token_swarm_server.benchmark.prompts import prompt
 from token_swarm_server.benchmark.tables import Table
 from token_swarm_server.cli.client import connect
-from token_swarm_server.config import load_settings
-from token_swarm_server.settings import ENV_PREFIX
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.settings import ENV_PREFIX
 
 from bench.common import give
 from token_swarm.v1 import swarm_pb2

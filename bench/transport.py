@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from token_swarm_server.benchmark.tables import Table
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.expert_server import serve
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.expert_server.server import serve
 
 from bench.common import give
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Extend, Op, Open, Rows, StepResult

@@ -17,8 +17,8 @@ from token_swarm_server.benchmark.tables import Table
 
 from bench.common import give
 from token_swarm.experts.contract import Close, Extend, Fork, Open, Rows
-from token_swarm.experts.vllm import VllmExpert
-from token_swarm.experts.vllm_options import check_options, parse_options
+from token_swarm.experts.vllm.expert import VllmExpert
+from token_swarm.experts.vllm.options import check_options, parse_options
 
 PROMPT = "The history of the printing press begins in the fifteenth century, when a goldsmith from Mainz"
 BATCH = 8

@@ -24,7 +24,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
 from bench.rivals.child import answer_commands
-from token_swarm.experts.token_bytes import eos_ids_of, vocabulary_of
+from token_swarm.experts.tokenizer.token_bytes import eos_ids_of, vocabulary_of
 
 
 @dataclass

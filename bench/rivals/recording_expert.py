@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.expert_server.server import ExpertServer
 from transformers.utils import logging
 
 from bench.rivals.child import answer_commands
@@ -29,7 +29,7 @@ from token_swarm.experts.contract import (
     RowMemory,
     StepResult,
 )
-from token_swarm.experts.transformers import TransformersExpert
+from token_swarm.experts.transformers.expert import TransformersExpert
 
 
 class RecordingExpert:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.expert_server.server import ExpertServer
 
 from token_swarm.experts.contract import StepResult
 from token_swarm.experts.toy import ToyExpert

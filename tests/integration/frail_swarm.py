@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from token_swarm_server.config import load_settings
-from token_swarm_server.coordinator import CoordinatorServer
-from token_swarm_server.engine import Engine
-from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.coordinator.engine import Engine
+from token_swarm_server.coordinator.server import CoordinatorServer
+from token_swarm_server.expert_server.server import ExpertServer
 
 from tests.laws.ensembles import LONG, NESTED
 from token_swarm.decoding.in_process import LocalEnsemble

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 from hypothesis import strategies as st
-from token_swarm_server.config import load_settings
-from token_swarm_server.coordinator import CoordinatorServer
-from token_swarm_server.engine import Engine
-from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.coordinator.engine import Engine
+from token_swarm_server.coordinator.server import CoordinatorServer
+from token_swarm_server.expert_server.server import ExpertServer
 
 from token_swarm.experts.contract import Expert
 from token_swarm.experts.toy import ToyExpert

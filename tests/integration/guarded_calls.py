@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from token_swarm_server.channels import open_blocking_channel, open_channel
-from token_swarm_server.settings import ClientTls
+from token_swarm_server.config.settings import ClientTls
+from token_swarm_server.rpc.channels import open_blocking_channel, open_channel
 
 from tests.integration.test_coordinator import Running
 from tests.laws.ensembles import LONG, NESTED, toys

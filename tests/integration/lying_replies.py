@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from token_swarm_server import transport, wire
-from token_swarm_server.errors import TransportError
+from token_swarm_server.expert_protocol import messages as wire
+from token_swarm_server.expert_protocol import shared_memory as transport
+from token_swarm_server.rpc.errors import TransportError
 
 from tests.integration import fuzzing
 from token_swarm.experts.contract import Close, Extend, Open, Rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import trustme
-from token_swarm_server.settings import ClientTls
+from token_swarm_server.config.settings import ClientTls
 
 
 class Pki:

@@ -15,16 +15,16 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from token_swarm_server.config import load_settings
-from token_swarm_server.coordinator import CoordinatorServer
-from token_swarm_server.engine import Engine
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.expert_link import ExpertLink, LinkOptions, LinkState
-from token_swarm_server.expert_server import ExpertServer
-from token_swarm_server.members import Prompt
-from token_swarm_server.mixing_pool import MixingPool
-from token_swarm_server.observer import Observer
-from token_swarm_server.settings import CoordinatorSettings
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.settings import CoordinatorSettings
+from token_swarm_server.coordinator.engine import Engine
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.coordinator.expert.link import ExpertLink, LinkOptions, LinkState
+from token_swarm_server.coordinator.mixing_pool import MixingPool
+from token_swarm_server.coordinator.recovery import Prompt
+from token_swarm_server.coordinator.server import CoordinatorServer
+from token_swarm_server.expert_server.server import ExpertServer
+from token_swarm_server.telemetry.observer import Observer
 
 from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from token_swarm_server.demo_conversion import tokens_sha256
-from token_swarm_server.demo_experts import DEMO_EXPERTS, DemoExpert
+from token_swarm_server.assets.demo_conversion import tokens_sha256
+from token_swarm_server.assets.demo_experts import DEMO_EXPERTS, DemoExpert
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import real_expert_dir

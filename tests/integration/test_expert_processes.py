@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 import torch
-from token_swarm_server.batching import ExpertScheduler
-from token_swarm_server.errors import ExpertUnavailable
-from token_swarm_server.expert_client import ExpertConnection
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.coordinator.loop import ExpertScheduler
+from token_swarm_server.rpc.errors import ExpertUnavailable
 
 from tests.integration.expert_serving import SHM, Watched, eventually, serving, toy
 from token_swarm.experts.contract import Close, Extend, Open, OpErrorKind
@@ -23,7 +23,7 @@ import asyncio, sys, time
 from pathlib import Path
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.vocabulary import Vocabulary
-from token_swarm_server.expert_server import serve
+from token_swarm_server.expert_server.server import serve
 
 class Slow(ToyExpert):
     def step(self, ops):
@@ -39,7 +39,7 @@ CALLER = """
 import asyncio, sys
 from pathlib import Path
 from token_swarm.experts.contract import Open
-from token_swarm_server.expert_client import ExpertConnection
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
 
 async def main():
     connection = await ExpertConnection.connect(sys.argv[1], "toy", cache=Path(sys.argv[2]))

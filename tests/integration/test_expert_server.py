@@ -12,10 +12,10 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from token_swarm_server import transport
-from token_swarm_server.errors import ExpertUnavailable, TransportError
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.expert_server import SERVICE, SLOT_ROWS, ExpertServer
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.expert_protocol import shared_memory as transport
+from token_swarm_server.expert_server.server import SERVICE, SLOT_ROWS, ExpertServer
+from token_swarm_server.rpc.errors import ExpertUnavailable, TransportError
 
 from tests.integration.expert_serving import (
     SHM,

@@ -14,8 +14,8 @@ import torch
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from token_swarm_server.expert_link import LinkState
-from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.coordinator.expert.link import LinkState
+from token_swarm_server.expert_server.server import ExpertServer
 
 from tests.integration.frail_swarm import ENDLESS, GREEDY, LIKE_A_MODEL, Frail, Swarm, swarm, undisturbed, until
 from tests.laws.ensembles import NESTED

@@ -20,10 +20,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from token_swarm_server import transport, wire
-from token_swarm_server.errors import ExpertUnavailable, TransportError
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.transport import END_OF_STREAM
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.expert_protocol import messages as wire
+from token_swarm_server.expert_protocol import shared_memory as transport
+from token_swarm_server.expert_protocol.shared_memory import END_OF_STREAM
+from token_swarm_server.rpc.errors import ExpertUnavailable, TransportError
 
 from tests.integration import fuzzing
 from tests.integration.fuzzing import Swarm, sent

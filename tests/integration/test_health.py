@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from token_swarm_server.expert_server import SERVICE, ExpertServer
+from token_swarm_server.expert_server.server import SERVICE, ExpertServer
 
 from tests.laws.ensembles import NESTED
 from token_swarm.experts.toy import ToyExpert

@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from token_swarm_server.config import load_settings
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.launcher import LaunchError, launch
-from token_swarm_server.models import resolve_models
-from token_swarm_server.settings import ExpertSettings
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.settings import ExpertSettings
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.launch.launcher import LaunchError, launch
+from token_swarm_server.launch.models import resolve_models
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.conftest import save_small_llama, save_small_tokenizer
@@ -144,13 +144,13 @@ async def test_a_missing_interpreter_is_named(tiny, tmp_path):
 
 
 async def test_an_address_where_nothing_runs_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("token_swarm_server.launcher.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("token_swarm_server.launch.launcher.CONNECT_SECONDS", 0.5)
     with pytest.raises(LaunchError, match=r"experts\.one\.address: no expert answers at unix:/no/socket"):
         await start(settings_for(tmp_path, one={"address": "unix:/no/socket"}))
 
 
 def test_threads_default_to_a_fair_share_of_the_cores(monkeypatch):
-    from token_swarm_server import launcher
+    from token_swarm_server.launch import launcher
 
     monkeypatch.setattr(launcher, "available_cores", lambda: [0, 1, 2, 3, 6])
     assert [launcher._default_threads(n) for n in (1, 2, 3, 9)] == [5, 2, 1, 1]
@@ -164,8 +164,8 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from rich.console import Console
-from token_swarm_server.config import load_settings
-from token_swarm_server.launcher import launch
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.launch.launcher import launch
 async def main():
     settings = load_settings(experts={"one": {"model": sys.argv[1]}}, cache=Path(sys.argv[2]))
     async with launch(settings, {"one": sys.argv[1]}, console=Console(stderr=True)):

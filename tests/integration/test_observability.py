@@ -20,10 +20,10 @@ import pytest
 import torch
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from token_swarm_server.config import load_settings
-from token_swarm_server.errors import ExpertUnavailable
-from token_swarm_server.metrics import PREFIX
-from token_swarm_server.observability import Observability
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.rpc.errors import ExpertUnavailable
+from token_swarm_server.telemetry.metrics import PREFIX
+from token_swarm_server.telemetry.sinks import Observability
 
 from tests.integration.test_coordinator import Running, collect, coordinator, nothing_held
 from tests.laws.ensembles import LONG, NESTED
@@ -293,7 +293,7 @@ async def test_a_metrics_port_in_use_is_refused_by_name(tmp_path: Path) -> None:
 
 
 async def test_a_scrape_waits_for_no_expert_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("token_swarm_server.status.STATS_SECONDS", 0.1)
+    monkeypatch.setattr("token_swarm_server.telemetry.status.STATS_SECONDS", 0.1)
     async with coordinator(tmp_path, metrics=ANYWHERE) as running:
 
         async def never() -> None:
@@ -307,7 +307,7 @@ async def test_a_scrape_waits_for_no_expert_that_hangs(tmp_path: Path, monkeypat
 
 
 def test_tracing_without_opentelemetry_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "token_swarm_server.tracing", None)
+    monkeypatch.setitem(sys.modules, "token_swarm_server.telemetry.tracing", None)
     tracing = {"endpoint": "http://127.0.0.1:4317"}
     settings = load_settings(None, experts={"a": {"address": "unix:/nowhere"}}, coordinator={"tracing": tracing})
     with pytest.raises(BadParameter, match=r"coordinator\.tracing\.endpoint: .*pip install 'token-swarm\[tracing\]'"):

@@ -13,7 +13,7 @@ from tests.integration.test_transformers_expert import plain_model
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.experts.contract import Close, Open
-from token_swarm.experts.transformers import TransformersExpert
+from token_swarm.experts.transformers.expert import TransformersExpert
 from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.shaping import Shaping

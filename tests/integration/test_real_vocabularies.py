@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from tests.conftest import real_expert_dir
-from token_swarm.experts.token_bytes import (
+from token_swarm.experts.tokenizer.token_bytes import (
     canonical_digest,
     check_round_trip,
     eos_ids_of,

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from token_swarm_server.batching import MOST_CHUNKS, SHORT, ExpertScheduler
-from token_swarm_server.counts import Counts
-from token_swarm_server.errors import ExpertUnavailable, TransportError
-from token_swarm_server.mixing_pool import MixingPool, Pause
-from token_swarm_server.observer import Observer
-from token_swarm_server.wire import row_count
+from token_swarm_server.coordinator.loop import MOST_CHUNKS, SHORT, ExpertScheduler
+from token_swarm_server.coordinator.mixing_pool import MixingPool, Pause
+from token_swarm_server.expert_protocol.messages import row_count
+from token_swarm_server.rpc.errors import ExpertUnavailable, TransportError
+from token_swarm_server.telemetry.counts import Counts
+from token_swarm_server.telemetry.observer import Observer
 
 from tests.integration.expert_serving import VOCABULARY, Watched, connected, eventually, every_transport, serving
 from tests.laws.ensembles import LONG

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import grpc
-from token_swarm_server.expert_server import ExpertServer
-from token_swarm_server.logs import JsonFormatter, TextFormatter
-from token_swarm_server.tokens import create_token
-from token_swarm_server.transport import SegmentWriter
+from token_swarm_server.expert_protocol.shared_memory import SegmentWriter
+from token_swarm_server.expert_server.server import ExpertServer
+from token_swarm_server.rpc.bearer_tokens import create_token
+from token_swarm_server.telemetry.logs import JsonFormatter, TextFormatter
 
 from tests.integration.guarded_calls import channel_to, status_of
 from tests.integration.test_coordinator import collect, coordinator
@@ -118,6 +118,6 @@ async def test_the_name_of_a_method_cannot_forge_a_log_line(tmp_path, tokens, ca
             for method in ("/a%s%n{0}/b", f"/{'x' * 4000}/y"):
                 code, _ = await status_of(channel.unary_unary(method)(b""))
                 assert code is grpc.StatusCode.UNAUTHENTICATED
-    lines = [record.getMessage() for record in caplog.records if record.name == "token_swarm_server.auth"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "token_swarm_server.rpc.auth"]
     assert len(lines) == 2
     assert all(line.isprintable() and len(line) < 200 for line in lines)

@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import pytest
 from token_swarm_server.cli import app
-from token_swarm_server.settings import ClientTls
-from token_swarm_server.tokens import PREFIX, create_token
+from token_swarm_server.config.settings import ClientTls
+from token_swarm_server.rpc.bearer_tokens import PREFIX, create_token
 from typer.testing import CliRunner
 
 from tests.integration.guarded_calls import REQUEST, text_of_one_process
@@ -101,7 +101,7 @@ def test_other_programs_show_a_token_as_the_docs_say(guarded, pki):
 
 
 def test_a_search_shows_its_token_too(guarded, pki):
-    from token_swarm_server.search_remote import RemoteEnsemble
+    from token_swarm_server.search.remote import RemoteEnsemble
 
     from token_swarm.search.utility import UtilityUnavailable
 

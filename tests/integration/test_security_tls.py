@@ -13,17 +13,17 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from token_swarm_server import auth
-from token_swarm_server.channels import open_channel
-from token_swarm_server.config import load_settings
-from token_swarm_server.coordinator import CoordinatorServer
-from token_swarm_server.engine import Engine
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.expert_server import ExpertServer
-from token_swarm_server.grpc_host import Access
-from token_swarm_server.launcher import LaunchError, launch
-from token_swarm_server.settings import ClientTls, ServerTls
-from token_swarm_server.tokens import create_token
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.settings import ClientTls, ServerTls
+from token_swarm_server.coordinator.engine import Engine
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.coordinator.server import CoordinatorServer
+from token_swarm_server.expert_server.server import ExpertServer
+from token_swarm_server.launch.launcher import LaunchError, launch
+from token_swarm_server.rpc import auth
+from token_swarm_server.rpc.bearer_tokens import create_token
+from token_swarm_server.rpc.channels import open_channel
+from token_swarm_server.rpc.host import Access
 
 from tests.integration.guarded_calls import (
     NO_CONNECTION,
@@ -206,7 +206,7 @@ async def test_experts_are_reached_over_mutual_tls(tmp_path, pki, strangers, ser
 async def test_a_distant_expert_that_cannot_be_talked_to_is_named_with_the_reason(pki, server, monkeypatch):
     from rich.console import Console
 
-    monkeypatch.setattr("token_swarm_server.launcher.CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("token_swarm_server.launch.launcher.CONNECT_SECONDS", 1.0)
     tls = ServerTls.model_validate({**server, "client_ca": pki.ca})
     async with distant_experts(Access(tls)) as servers:
         expert = {"address": servers["e0"].address, "tls": {"ca": str(pki.ca)}}

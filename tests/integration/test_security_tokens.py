@@ -8,9 +8,9 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from token_swarm_server import auth
-from token_swarm_server.settings import ClientTls
-from token_swarm_server.tokens import PREFIX, create_token, digest, revoke_token
+from token_swarm_server.config.settings import ClientTls
+from token_swarm_server.rpc import auth
+from token_swarm_server.rpc.bearer_tokens import PREFIX, create_token, digest, revoke_token
 
 from tests.integration.guarded_calls import REQUEST, channel_to, every_call, status_of, text_of_one_process
 from tests.integration.test_coordinator import collect, coordinator

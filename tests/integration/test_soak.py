@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from token_swarm_server.errors import ExpertUnavailable
-from token_swarm_server.expert_client import ExpertConnection
-from token_swarm_server.expert_server import ExpertServer
+from token_swarm_server.coordinator.expert.connection import ExpertConnection
+from token_swarm_server.expert_server.server import ExpertServer
+from token_swarm_server.rpc.errors import ExpertUnavailable
 
 from tests.conftest import save_small_llama, save_tiny_model
 from tests.laws.ensembles import NESTED

@@ -6,8 +6,8 @@ import pytest
 
 from tests.search.problems import Problem, climb, make_problem
 from token_swarm.particle import Rule
-from token_swarm.search.optimisers import OPTIMISERS, make_optimiser
-from token_swarm.search.oracles import certificate_linear, em_linear, lbfgs_log_linear
+from token_swarm.search.optimisers.registry import OPTIMISERS, make_optimiser
+from token_swarm.search.report.oracles import certificate_linear, em_linear, lbfgs_log_linear
 
 LINEAR = {experts: make_problem(experts, 1500, seed=experts) for experts in (2, 6)}
 LOG_LINEAR = {2: make_problem(2, 300, seed=7, symbols=33), 4: make_problem(4, 200, seed=8, symbols=33)}

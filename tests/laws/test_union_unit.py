@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_swarm_server.public_wire import request_from_proto
+from token_swarm_server.coordinator.messages import request_from_proto
 
 from tests.conftest import EXPERTS
 from tests.laws.ensembles import BYTES, DUPLICATES, EXACT, GREEDY, LONG, NESTED, settle, toys
@@ -31,7 +31,7 @@ from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.errors import BadParameter, ExpertFault
 from token_swarm.experts.contract import Expert
 from token_swarm.experts.toy import END, TextLawExpert, ToyExpert
-from token_swarm.experts.transformers import TransformersExpert
+from token_swarm.experts.transformers.expert import TransformersExpert
 from token_swarm.kernels import UnionMap
 from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.groups import Unit

@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.laws.ensembles import DUPLICATES, LONG, NESTED
 from token_swarm.experts.contract import Expert, Op, StepResult
 from token_swarm.particle import Mixture, Rule
-from token_swarm.search.score_cache import SHARD, ScoreCache, fill
-from token_swarm.search.scoring import Passage
+from token_swarm.search.score_cache.cache import SHARD, ScoreCache, fill
+from token_swarm.search.score_cache.reader import Passage
 
 VOCABULARIES = [NESTED, DUPLICATES, LONG]
 PASSAGES = [

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from token_swarm.particle import Rule
-from token_swarm.search.optimiser import Best, Optimiser
-from token_swarm.search.space import Space
+from token_swarm.search.optimisers.base import Best, Optimiser
+from token_swarm.search.optimisers.space import Space
 from token_swarm.search.utility import Array
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from token_swarm.errors import BadParameter
-from token_swarm.search.checkpoint import Checkpoint, CheckpointMismatch, Identity
+from token_swarm.search.run.checkpoint import Checkpoint, CheckpointMismatch, Identity
 
 IDENTITY = Identity({"a": "1" * 64, "b": "2" * 64}, "3" * 64, {"seed": 1, "race": (25, 50), "optimiser": "swarm"})
 
@@ -101,7 +101,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from tests.search.test_run import search
-from token_swarm.search.run import SearchFailed
+from token_swarm.search.run.run import SearchFailed
 
 folder = Path(sys.argv[1])
 # From now on no file may grow beyond what the last checkpoint needed: the kernel refuses the write itself.

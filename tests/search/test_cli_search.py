@@ -107,7 +107,7 @@ def twins(home: Path) -> Path:
 def test_the_search_predicts_what_score_says(request, tmp_path: Path, vocabularies: str, more) -> None:
     """The learned particle's dev and test scores are those of scoring the texts by the ensemble itself."""
     from token_swarm.decoding.in_process import LocalEnsemble
-    from token_swarm.experts.transformers import TransformersExpert
+    from token_swarm.experts.transformers.expert import TransformersExpert
     from token_swarm.search.data import TextExample, load_jsonl
 
     folder = request.getfixturevalue(vocabularies)
@@ -234,12 +234,12 @@ def test_a_comparison_says_what_cannot_be_compared(tmp_path: Path) -> None:
 
 def test_a_worker_can_make_the_utility_for_itself(home: Path) -> None:
     """What is sent to other processes, without the processes: it says the same there as here."""
-    from token_swarm_server.config import load_settings
-    from token_swarm_server.search_task import Goal, Judging, LocalExperts, Preparation, UtilityName
+    from token_swarm_server.config.loading import load_settings
+    from token_swarm_server.search.task import Goal, Judging, LocalExperts, Preparation, UtilityName
 
     from token_swarm.decoding.request import DecodeRequest
     from token_swarm.mixing.shaping import Shaping
-    from token_swarm.search.space import Space
+    from token_swarm.search.optimisers.space import Space
 
     settings = load_settings(home / "config.yaml")
     experts = LocalExperts.of(settings, {name: str(home / name) for name in SIZES})

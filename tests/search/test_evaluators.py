@@ -15,8 +15,8 @@ from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.evaluators import ProcessPoolEvaluator, RayEvaluator, Remade, SerialEvaluator
 from token_swarm.search.evaluators.serial import pieces
-from token_swarm.search.score_cache import ScoreCache, fill
-from token_swarm.search.scoring import Passage
+from token_swarm.search.score_cache.cache import ScoreCache, fill
+from token_swarm.search.score_cache.reader import Passage
 from token_swarm.search.utilities import LogLikelihood
 from token_swarm.search.utility import Evaluator, Scores, UtilityUnavailable, as_items
 

@@ -10,7 +10,7 @@ from tests.search.problems import make_problem
 from token_swarm.errors import BadParameter
 from token_swarm.kernels import reference as kernels
 from token_swarm.particle import Rule
-from token_swarm.search.oracles import certificate_linear, em_linear, lbfgs_log_linear
+from token_swarm.search.report.oracles import certificate_linear, em_linear, lbfgs_log_linear
 
 
 @pytest.mark.parametrize("rule", list(Rule))

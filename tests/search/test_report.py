@@ -15,12 +15,12 @@ import pytest
 from tests.search.toys import EXPERTS, Here, Hills, task
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture, Particle, Rule
-from token_swarm.search.comparison import make_table
-from token_swarm.search.plots import History
-from token_swarm.search.report import write_report
-from token_swarm.search.run import Search, SearchConfig
-from token_swarm.search.space import Space
-from token_swarm.search.subset import Subset
+from token_swarm.search.optimisers.space import Space
+from token_swarm.search.report.comparison import make_table
+from token_swarm.search.report.plots import History
+from token_swarm.search.report.report import write_report
+from token_swarm.search.run.run import Search, SearchConfig
+from token_swarm.search.run.subset import Subset
 from token_swarm.search.utility import Scores, as_items
 
 PNG = b"\x89PNG\r\n\x1a\n"

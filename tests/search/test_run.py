@@ -16,11 +16,11 @@ import pytest
 from tests.search.toys import EXPERTS, FINGERPRINTS, Here, Hills, task
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Particle, Rule
-from token_swarm.search.checkpoint import CheckpointMismatch
-from token_swarm.search.optimisers import OPTIMISERS, make_optimiser
-from token_swarm.search.racing import Race, judge
-from token_swarm.search.run import Progress, Search, SearchConfig, SearchFailed, climb
-from token_swarm.search.space import Space
+from token_swarm.search.optimisers.registry import OPTIMISERS, make_optimiser
+from token_swarm.search.optimisers.space import Space
+from token_swarm.search.run.checkpoint import CheckpointMismatch
+from token_swarm.search.run.racing import Race, judge
+from token_swarm.search.run.run import Progress, Search, SearchConfig, SearchFailed, climb
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"particles": 8, "iterations": 10}

@@ -18,10 +18,10 @@ from token_swarm.decoding.score import CHUNK
 from token_swarm.errors import BadParameter, ExpertFault, PromptTooLong, UnknownName
 from token_swarm.experts.contract import EncodedPrompt, Expert
 from token_swarm.experts.toy import ToyExpert
-from token_swarm.experts.transformers import TransformersExpert
+from token_swarm.experts.transformers.expert import TransformersExpert
 from token_swarm.particle import Mixture, Rule
-from token_swarm.search.score_cache import SHARD, Detail, ExpertKey, ScoreCache, fill
-from token_swarm.search.scoring import Passage
+from token_swarm.search.score_cache.cache import SHARD, Detail, ExpertKey, ScoreCache, fill
+from token_swarm.search.score_cache.reader import Passage
 from token_swarm.search.utilities import LogLikelihood, bits_per_byte
 
 

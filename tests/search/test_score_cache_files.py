@@ -14,8 +14,8 @@ from tests.search.cached_passages import PASSAGES, Counting, build
 from token_swarm.errors import BadParameter, FailedPrecondition
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.particle import Mixture
-from token_swarm.search.score_cache import SHARD, Detail, ExpertKey, ScoreCache, fill, filled, model_identity
-from token_swarm.search.scoring import LawReader, Passage
+from token_swarm.search.score_cache.cache import SHARD, Detail, ExpertKey, ScoreCache, fill, filled, model_identity
+from token_swarm.search.score_cache.reader import LawReader, Passage
 
 
 def test_passages_of_one_prompt_share_its_forward() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from token_swarm_server import demo_experts, search_data
-from token_swarm_server.demo_experts import Wheel
-from token_swarm_server.search_data import LONGEST, SETS, SHORTEST, TEXTS, SearchDataError, ensure_search_data
+from token_swarm_server.assets import demo_experts, search_data
+from token_swarm_server.assets.demo_experts import Wheel
+from token_swarm_server.assets.search_data import LONGEST, SETS, SHORTEST, TEXTS, SearchDataError, ensure_search_data
 
 from token_swarm.search.data import AnswerExample, ChoiceExample, TextExample, load_jsonl
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from token_swarm_server.search_remote import RemoteEnsemble, request_to_proto
-from token_swarm_server.search_task import Goal, Judging, Preparation, RemoteExperts, UtilityName
+from token_swarm_server.search.remote import RemoteEnsemble, request_to_proto
+from token_swarm_server.search.task import Goal, Judging, Preparation, RemoteExperts, UtilityName
 
 from tests.integration.test_coordinator import coordinator
 from tests.laws.ensembles import LONG, NESTED, toys
@@ -20,8 +20,8 @@ from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.data import PromptExample, save_jsonl
 from token_swarm.search.evaluators import SerialEvaluator
-from token_swarm.search.run import Search, SearchConfig
-from token_swarm.search.space import Space
+from token_swarm.search.optimisers.space import Space
+from token_swarm.search.run.run import Search, SearchConfig
 from token_swarm.search.utility import UtilityUnavailable
 
 REQUEST = DecodeRequest(shaping=Shaping(temperature=0.9), seed=3, max_bytes=20, stop=(b"abba",))

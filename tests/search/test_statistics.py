@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from token_swarm.search.measure import Measure
-from token_swarm.search.statistics import (
+from token_swarm.search.report.measure import Measure
+from token_swarm.search.report.statistics import (
     LEVELS,
     Comparison,
     Interval,

@@ -8,8 +8,8 @@ import pytest
 from tests.search.problems import climb, make_problem
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Rule
-from token_swarm.search.model_swarms import ModelSwarms, ModelSwarmsSettings
-from token_swarm.search.space import Space
+from token_swarm.search.optimisers.model_swarms import ModelSwarms, ModelSwarmsSettings
+from token_swarm.search.optimisers.space import Space
 
 FREE = Space(("a", "b", "c"))
 PROBLEM = make_problem(3, 200, seed=2)

@@ -11,11 +11,11 @@ import pytest
 from tests.search.problems import climb, make_problem
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Rule
-from token_swarm.search.optimiser import Best
-from token_swarm.search.optimisers import OPTIMISERS, make_optimiser
-from token_swarm.search.polish import Polish
-from token_swarm.search.space import Space
-from token_swarm.search.swarm import ParticleSwarm, SwarmSettings
+from token_swarm.search.optimisers.base import Best
+from token_swarm.search.optimisers.particle_swarm import ParticleSwarm, SwarmSettings
+from token_swarm.search.optimisers.polish import Polish
+from token_swarm.search.optimisers.registry import OPTIMISERS, make_optimiser
+from token_swarm.search.optimisers.space import Space
 
 PROBLEM = make_problem(3, 150, seed=1, symbols=32)
 SMALL = {"particles": 8, "iterations": 12}

@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture, Rule
-from token_swarm.search.quadratic import best_step, negative_definite
-from token_swarm.search.space import MAX_LOG_TEMPERATURE, Space, crossovers, project_to_simplex
+from token_swarm.search.optimisers.quadratic import best_step, negative_definite
+from token_swarm.search.optimisers.space import MAX_LOG_TEMPERATURE, Space, crossovers, project_to_simplex
 
 POINTS = arrays(np.float64, st.tuples(st.just(1), st.integers(1, 7)), elements=st.floats(-10, 10, width=32))
 

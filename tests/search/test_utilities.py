@@ -13,8 +13,8 @@ from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.data import ChoiceExample, PreferenceExample, TextExample
-from token_swarm.search.score_cache import ScoreCache, fill
-from token_swarm.search.scoring import Passage
+from token_swarm.search.score_cache.cache import ScoreCache, fill
+from token_swarm.search.score_cache.reader import Passage
 from token_swarm.search.utilities import (
     Harmonic,
     LogLikelihood,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from token_swarm.particle import Mixture
-from token_swarm.search.run import Task
-from token_swarm.search.space import Space
+from token_swarm.search.optimisers.space import Space
+from token_swarm.search.run.run import Task
 from token_swarm.search.utility import Array, Scores, Utility, as_items
 
 EXPERTS = ("a", "b", "c")

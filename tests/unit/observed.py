@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from typing import Any
 
-from token_swarm_server.counts import Counts
-from token_swarm_server.observer import Observer, Outcome, Step, Watch
-from token_swarm_server.status import LiveExpert
+from token_swarm_server.telemetry.counts import Counts
+from token_swarm_server.telemetry.observer import Observer, Outcome, Step, Watch
+from token_swarm_server.telemetry.status import LiveExpert
 
 from token_swarm.experts.contract import ExpertStats
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import trustme
-from token_swarm_server import tokens
-from token_swarm_server.addresses import ListenAddress, parse_listen, stays_on_this_machine
-from token_swarm_server.channels import open_channel
 from token_swarm_server.cli import app, options
 from token_swarm_server.cli.client import connect
 from token_swarm_server.cli.errors import CliError
-from token_swarm_server.grpc_host import Access, GrpcHost
-from token_swarm_server.settings import ClientTls, ServerTls, exposure_problem
+from token_swarm_server.config.addresses import ListenAddress, parse_listen, stays_on_this_machine
+from token_swarm_server.config.settings import ClientTls, ServerTls, exposure_problem
+from token_swarm_server.rpc import bearer_tokens as tokens
+from token_swarm_server.rpc.channels import open_channel
+from token_swarm_server.rpc.host import Access, GrpcHost
 from typer.testing import CliRunner
 
 from token_swarm.errors import BadParameter, UnknownName

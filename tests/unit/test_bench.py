@@ -16,7 +16,7 @@ from token_swarm_server.benchmark.load import Load, Stretch, compare, parse_boun
 from token_swarm_server.benchmark.prompts import PASSAGE, prompt
 from token_swarm_server.benchmark.statistics import Spread, Summary
 from token_swarm_server.benchmark.tables import Table, breakdown_table, load_table
-from token_swarm_server.config import load_settings
+from token_swarm_server.config.loading import load_settings
 
 from bench import __main__ as entry
 from bench import check, report

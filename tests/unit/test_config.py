@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from token_swarm_server.config import ConfigError, load_settings
-from token_swarm_server.settings import CLIENT_VARIABLES, ClientTls, ExpertSettings, ServerTls
+from token_swarm_server.config.loading import ConfigError, load_settings
+from token_swarm_server.config.settings import CLIENT_VARIABLES, ClientTls, ExpertSettings, ServerTls
 
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.particle import Particle

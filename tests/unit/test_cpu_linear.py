@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from token_swarm.experts import cpu_linear
-from token_swarm.experts.cpu_linear import CpuLinear, holds_in_half_precision, pack_linears
+from token_swarm.experts.transformers import cpu_linear
+from token_swarm.experts.transformers.cpu_linear import CpuLinear, holds_in_half_precision, pack_linears
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """What the weights were stored in: each is packed in another way."""

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from token_swarm.experts.cpu_norm import CpuRmsNorm, pack_norms
+from token_swarm.experts.transformers.cpu_norm import CpuRmsNorm, pack_norms
 from token_swarm.kernels import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the C++ kernels were not built")

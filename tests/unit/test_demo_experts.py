@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from token_swarm_server import demo_experts
-from token_swarm_server.demo_experts import STAMP, DemoExpert, DemoExpertsError, Wheel, ensure_demo_experts
+from token_swarm_server.assets import demo_experts
+from token_swarm_server.assets.demo_experts import STAMP, DemoExpert, DemoExpertsError, Wheel, ensure_demo_experts
 
 GGUF = (b"first half, ", b"second half")
 
@@ -211,5 +211,5 @@ def test_a_failed_conversion_reports_the_last_line(tmp_path: Path) -> None:
 
 
 def test_importing_the_module_does_not_import_torch() -> None:
-    code = "import sys, token_swarm_server.demo_experts; sys.exit('torch' in sys.modules)"
+    code = "import sys, token_swarm_server.assets.demo_experts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

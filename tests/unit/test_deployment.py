@@ -15,13 +15,13 @@ import kubernetes_validate
 import pytest
 import typer
 import yaml
-from token_swarm_server.addresses import parse_listen
 from token_swarm_server.cli import app
-from token_swarm_server.config import load_settings
-from token_swarm_server.expert_process import STOP_SECONDS
-from token_swarm_server.expert_server import SERVICE, SLOT_ROWS
-from token_swarm_server.settings import Settings
-from token_swarm_server.transport import SLOTS
+from token_swarm_server.config.addresses import parse_listen
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.settings import Settings
+from token_swarm_server.expert_protocol.shared_memory import SLOTS
+from token_swarm_server.expert_server.process import STOP_SECONDS
+from token_swarm_server.expert_server.server import SERVICE, SLOT_ROWS
 
 from token_swarm.particle import Particle
 

@@ -6,7 +6,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from token_swarm_server import errors
+from token_swarm_server.rpc import errors
 
 from token_swarm.errors import BadParameter, FailedPrecondition, UnknownName
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from token_swarm_server import generation
-from token_swarm_server.generation import Generation
-from token_swarm_server.members import Members, Round
-from token_swarm_server.mixing_pool import MixingPool
-from token_swarm_server.observer import Observer
+from token_swarm_server.coordinator import text as generation
+from token_swarm_server.coordinator.mixing_pool import MixingPool
+from token_swarm_server.coordinator.recovery import Members, Round
+from token_swarm_server.coordinator.text import Generation
+from token_swarm_server.telemetry.observer import Observer
 
 from token_swarm.decoding.forwards import Outcome
 from token_swarm.decoding.request import DecodeRequest

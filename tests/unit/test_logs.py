@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rich.progress import Progress
-from token_swarm_server.errors import ExpertUnavailable
-from token_swarm_server.logs import JsonFormatter, LineLog, RequestLog, TextFormatter
-from token_swarm_server.observer import Observer
+from token_swarm_server.rpc.errors import ExpertUnavailable
+from token_swarm_server.telemetry.logs import JsonFormatter, LineLog, RequestLog, TextFormatter
+from token_swarm_server.telemetry.observer import Observer
 
 from tests.unit.observed import a_text
 

@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from token_swarm_server.cli.rates import quantile, rates
 from token_swarm_server.cli.top import view
-from token_swarm_server.counts import INTER_BYTE_SECONDS, Counts, Histogram
-from token_swarm_server.metrics import PREFIX, SwarmCollector
-from token_swarm_server.status import LiveExpert, status_to_proto
+from token_swarm_server.telemetry.counts import INTER_BYTE_SECONDS, Counts, Histogram
+from token_swarm_server.telemetry.metrics import PREFIX, SwarmCollector
+from token_swarm_server.telemetry.status import LiveExpert, status_to_proto
 
 from tests.unit.observed import LIVE, busy
 from token_swarm.v1 import swarm_pb2

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from token_swarm_server.mixing_pool import MixingPool
+from token_swarm_server.coordinator.mixing_pool import MixingPool
 
 SECONDS = 20.0
 

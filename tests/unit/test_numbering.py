@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from token_swarm.experts.contract import Close, Extend, Op, Open, Rows
-from token_swarm.experts.numbering import Numbering
+from token_swarm.experts.tokenizer.numbering import Numbering
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.vocabulary import Vocabulary
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from token_swarm_server.counts import Counts
-from token_swarm_server.errors import ExpertUnavailable, QueueFull
-from token_swarm_server.observer import Observer, Outcome, Sink, Watch, request_id
+from token_swarm_server.rpc.errors import ExpertUnavailable, QueueFull
+from token_swarm_server.telemetry.counts import Counts
+from token_swarm_server.telemetry.observer import Observer, Outcome, Sink, Watch, request_id
 
 from tests.unit.observed import a_text
 from token_swarm.errors import BadParameter

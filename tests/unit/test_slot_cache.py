@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from token_swarm.experts.packed_attention import ACTIVE, PackedBatch, Run, packed_attention
-from token_swarm.experts.slot_cache import SlotCache
+from token_swarm.experts.transformers.packed_attention import ACTIVE, PackedBatch, Run, packed_attention
+from token_swarm.experts.transformers.slot_cache import SlotCache
 
 CPU = torch.device("cpu")
 KV_HEADS, HEADS, DIM = 2, 4, 8

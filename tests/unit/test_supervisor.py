@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from token_swarm_server.supervisor import ExpertProcess, RestartPolicy
+from token_swarm_server.launch.supervisor import ExpertProcess, RestartPolicy
 
 QUICK = RestartPolicy(pause=0.01, deaths=3, window=60.0, open_seconds=0.3)
 

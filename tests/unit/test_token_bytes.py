@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from token_swarm.experts.token_bytes import (
+from token_swarm.experts.tokenizer.token_bytes import (
     PROBE_TEXT,
     TokenizerError,
     canonical_digest,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from token_swarm_server.errors import ExpertUnavailable
-from token_swarm_server.observer import Observer
-from token_swarm_server.tracing import TraceSink
+from token_swarm_server.rpc.errors import ExpertUnavailable
+from token_swarm_server.telemetry.observer import Observer
+from token_swarm_server.telemetry.tracing import TraceSink
 
 from tests.unit.observed import a_text
 from token_swarm.errors import BadParameter

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, MambaConfig, MambaForCausalLM
 
 from tests.conftest import tiny_tokenizer
-from token_swarm.experts import laws, transformers
+from token_swarm.experts import laws
 from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows, Truncate
-from token_swarm.experts.packed_attention import PackedBatch
-from token_swarm.experts.slot_cache import SlotCache
-from token_swarm.experts.transformers import ExpertLoadError, TransformersExpert
-from token_swarm.experts.transformers_check import PlainForward
+from token_swarm.experts.transformers import expert as transformers
+from token_swarm.experts.transformers.check import PlainForward
+from token_swarm.experts.transformers.expert import ExpertLoadError, TransformersExpert
+from token_swarm.experts.transformers.packed_attention import PackedBatch
+from token_swarm.experts.transformers.slot_cache import SlotCache
 
 
 @pytest.mark.parametrize(
@@ -151,15 +152,15 @@ def test_a_fork_of_an_extended_sequence_waits_for_it(tiny_expert, monkeypatch):
 
 
 def test_a_long_prefill_is_fed_in_chunks(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr("token_swarm.experts.transformers._CHUNK", 20)
+    monkeypatch.setattr("token_swarm.experts.transformers.expert._CHUNK", 20)
     expert = TransformersExpert("chunks", tiny_model_dir("gemma3"), threads=1, max_context=100)
     long = tuple(range(40, 90))
     calls = count_forwards(expert, [Open(0, long, Rows.ALL), Open(1, (5, 6, 7), Rows.ALL)], monkeypatch)
     assert calls == [20, 20, 13]
-    monkeypatch.setattr("token_swarm.experts.transformers._CHUNK", 256)
+    monkeypatch.setattr("token_swarm.experts.transformers.expert._CHUNK", 256)
     whole = laws.fresh_rows(expert, long)
     expert.step([Close(0)])
-    monkeypatch.setattr("token_swarm.experts.transformers._CHUNK", 20)
+    monkeypatch.setattr("token_swarm.experts.transformers.expert._CHUNK", 20)
     chunked = expert.step([Open(0, long, Rows.ALL)]).rows(0)
     torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=0)
 

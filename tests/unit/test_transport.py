@@ -11,8 +11,9 @@ import torch
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
-from token_swarm_server import transport, wire
-from token_swarm_server.errors import TransportError
+from token_swarm_server.expert_protocol import messages as wire
+from token_swarm_server.expert_protocol import shared_memory as transport
+from token_swarm_server.rpc.errors import TransportError
 
 from token_swarm.v1 import expert_pb2
 

@@ -7,8 +7,8 @@ import torch
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
-from token_swarm_server import wire
-from token_swarm_server.errors import TransportError
+from token_swarm_server.expert_protocol import messages as wire
+from token_swarm_server.rpc.errors import TransportError
 
 from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import (

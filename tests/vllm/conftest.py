@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from token_swarm.experts.vllm import VllmExpert
+    from token_swarm.experts.vllm.expert import VllmExpert
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
@@ -22,7 +22,7 @@ needs_vllm = pytest.mark.skipif(
 @contextmanager
 def vllm_expert(directory: Path, **options: Any) -> Iterator[VllmExpert]:
     """An expert on vLLM in float32, closed at the end."""
-    from token_swarm.experts.vllm import VllmExpert
+    from token_swarm.experts.vllm.expert import VllmExpert
 
     expert = VllmExpert("expert", directory, **{"dtype": "float32", "threads": 1, **options})
     try:

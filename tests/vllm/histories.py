@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from token_swarm.experts.contract import Close, Expert, Extend, Fork, Op, Open, Rows, Truncate
-from token_swarm.experts.numbering import Numbering
+from token_swarm.experts.tokenizer.numbering import Numbering
 
 TEXT = (Path(__file__).parents[1] / "data" / "prose.txt").read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ from tests.conftest import real_expert_dir
 from tests.vllm.conftest import needs_vllm
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.experts.transformers import TransformersExpert
+from token_swarm.experts.transformers.expert import TransformersExpert
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Rule
 

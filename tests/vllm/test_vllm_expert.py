@@ -19,7 +19,7 @@ from token_swarm.mixing.shaping import Shaping
 from token_swarm.particle import Mixture, Rule
 
 if TYPE_CHECKING:
-    from token_swarm.experts.vllm import VllmExpert
+    from token_swarm.experts.vllm.expert import VllmExpert
 
 pytestmark = [needs_vllm, pytest.mark.real_experts]
 

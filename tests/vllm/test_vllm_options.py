@@ -6,12 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from token_swarm_server.config import ConfigError, load_settings
+from token_swarm_server.config.loading import ConfigError, load_settings
 from typer.testing import CliRunner
 
-from token_swarm.experts import vllm_engine
-from token_swarm.experts.transformers_loading import ExpertLoadError
-from token_swarm.experts.vllm_options import OPTIONS, check_options, engine_arguments, parse_options
+from token_swarm.experts.loading import ExpertLoadError
+from token_swarm.experts.vllm import engine
+from token_swarm.experts.vllm.options import OPTIONS, check_options, engine_arguments, parse_options
 
 
 def test_every_option_takes_a_sensible_value() -> None:
@@ -92,16 +92,16 @@ def test_bad_flags_are_one_line(flags: list[str], message: str) -> None:
 
 def test_the_wrong_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(name: str) -> str:
-        raise vllm_engine.metadata.PackageNotFoundError(name)
+        raise engine.metadata.PackageNotFoundError(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_engine, "metadata", SimpleNamespace(version=without, PackageNotFoundError=Exception))
+        patch.setattr(engine, "metadata", SimpleNamespace(version=without, PackageNotFoundError=Exception))
         with pytest.raises(ExpertLoadError, match="backend: vllm is not installed for this interpreter; `make vllm`"):
-            vllm_engine.check_installed()
+            engine.check_installed()
     for version, known in [("0.32.0", True), ("0.32.1+cpu", True), ("0.33.0", False), ("0.3.2", False)]:
-        monkeypatch.setattr(vllm_engine.metadata, "version", lambda name, version=version: version)
+        monkeypatch.setattr(engine.metadata, "version", lambda name, version=version: version)
         if known:
-            assert vllm_engine.check_installed() == version
+            assert engine.check_installed() == version
         else:
             with pytest.raises(ExpertLoadError, match=f"backend: vllm {version} is installed, 0.32 is needed"):
-                vllm_engine.check_installed()
+                engine.check_installed()

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM
 
 from tests.conftest import real_expert_dir, tiny_tokenizer
 from tests.vllm.conftest import needs_vllm, vllm_expert
-from token_swarm.experts.transformers_loading import ExpertLoadError
+from token_swarm.experts.loading import ExpertLoadError
 
 
 @needs_vllm

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from token_swarm.experts.vllm_sessions import KvShare, Session
+from token_swarm.experts.vllm.sessions import KvShare, Session
 
 BLOCK = 4
 

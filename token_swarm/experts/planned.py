@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, Op, OpError, RowMemory, StepResult
-from token_swarm.experts.numbering import Numbering
 from token_swarm.experts.ops import apply_lengths, refusal, row_count
-from token_swarm.experts.transformers_prompt import PromptEncoder
+from token_swarm.experts.tokenizer.numbering import Numbering
+from token_swarm.experts.tokenizer.prompt import PromptEncoder
 
 
 class PlannedExpert(ABC):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from token_swarm.v1 import swarm_pb2
-from token_swarm_server.cores import available_cores
-from token_swarm_server.settings import Settings
+from token_swarm_server.config.cores import available_cores
+from token_swarm_server.config.settings import Settings
 
 _PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy")
 

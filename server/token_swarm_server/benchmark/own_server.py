@@ -14,8 +14,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError
-from token_swarm_server.settings import ENV_PREFIX
+from token_swarm_server.config.settings import ENV_PREFIX
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60.0
@@ -23,12 +22,20 @@ _FOR_A_PUBLIC_SERVER = ("TLS", "TOKENS", "METRICS__LISTEN")
 """Keys that are overruled: a folder that only this user can enter guards the socket, and ports may be taken."""
 
 
+class ServerNotStarted(Exception):
+    """A server that ended before it answered: its last line, and the exit code that it ended with."""
+
+    def __init__(self, message: str, code: int | None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 @asynccontextmanager
 async def own_server(config: Path) -> AsyncIterator[str]:
     """Serve `config` in a child process; gives its address once it answers, and stops it on leaving.
 
     A process of its own, so that the client's work does not count as the coordinator's.
-    Raises CliError with the server's own last line when it does not come up.
+    Raises ServerNotStarted with the server's own last line when it does not come up.
     """
     with tempfile.TemporaryDirectory(prefix="token-swarm-bench-") as folder:
         address = f"unix:{folder}/swarm.sock"
@@ -49,7 +56,7 @@ async def own_server(config: Path) -> AsyncIterator[str]:
             if ended.done():
                 await listening
                 last = said[-1].removeprefix("error: ") if said else f"the server ended with {process.returncode}"
-                raise CliError(last, BAD_INPUT if process.returncode == BAD_INPUT else FAILURE)
+                raise ServerNotStarted(last, process.returncode)
             yield address
         finally:
             answering.cancel()

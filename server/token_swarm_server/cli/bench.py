@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from token_swarm_server.cli import options, session
-from token_swarm_server.cli.errors import FAILURE, CliError, Group
-from token_swarm_server.config import load_settings
-from token_swarm_server.settings import DEFAULT_LISTEN
+from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError, Group
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.settings import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
     from token_swarm.v1 import swarm_pb2_grpc
@@ -186,7 +186,7 @@ def _run(
     """Measure with `call` and print: JSON, or tables with what they depend on above them."""
     from token_swarm.v1 import swarm_pb2
     from token_swarm_server.benchmark.facts import config_facts, describe, expert_facts, machine_facts
-    from token_swarm_server.benchmark.own_server import own_server
+    from token_swarm_server.benchmark.own_server import ServerNotStarted, own_server
     from token_swarm_server.cli.client import connect
 
     if config is not None and address is not None:
@@ -206,8 +206,11 @@ def _run(
     async def main() -> dict[str, Any]:
         if config is None:
             return await on_server(address or DEFAULT_LISTEN, credentials)
-        async with own_server(config) as target:
-            return await on_server(target, options.PLAIN)
+        try:
+            async with own_server(config) as target:
+                return await on_server(target, options.PLAIN)
+        except ServerNotStarted as error:
+            raise CliError(str(error), BAD_INPUT if error.code == BAD_INPUT else FAILURE) from error
 
     facts = machine_facts()
     described = config_facts(settings) if settings else {"address": address or DEFAULT_LISTEN}

@@ -12,10 +12,10 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
-from token_swarm_server.addresses import stays_on_this_machine
-from token_swarm_server.channels import PUBLIC_OPTIONS, open_channel
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError
 from token_swarm_server.cli.options import PLAIN, Credentials
+from token_swarm_server.config.addresses import stays_on_this_machine
+from token_swarm_server.rpc.channels import PUBLIC_OPTIONS, open_channel
 
 _BAD_INPUT_CODES = (
     grpc.StatusCode.INVALID_ARGUMENT,

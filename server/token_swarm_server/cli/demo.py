@@ -10,7 +10,7 @@ import typer
 
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.generate import print_summary, write_text
-from token_swarm_server.config import load_settings
+from token_swarm_server.config.loading import load_settings
 
 if TYPE_CHECKING:
     from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from token_swarm_server.cli import options
-from token_swarm_server.cores import available_cores
+from token_swarm_server.config.cores import available_cores
 
 _PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy", "gguf", "accelerate")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -75,7 +75,7 @@ def _kernels() -> str:
 
 
 def _shared_memory() -> str:
-    from token_swarm_server.transport import shared_memory_identity
+    from token_swarm_server.expert_protocol.shared_memory import shared_memory_identity
 
     if shared_memory_identity(_SHARED_MEMORY) is None:
         return f"none at {_SHARED_MEMORY}: logits travel inside messages"
@@ -83,7 +83,7 @@ def _shared_memory() -> str:
 
 
 def _demo_experts(cache: Path) -> dict[str, str]:
-    from token_swarm_server.demo_experts import DEMO_EXPERTS, STAMP
+    from token_swarm_server.assets.demo_experts import DEMO_EXPERTS, STAMP
 
     return {
         f"demo:{expert.name}": str(cache / "experts" / expert.name)

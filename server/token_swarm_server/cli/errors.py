@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from token_swarm.errors import BadParameter, FailedPrecondition, UnknownName
-from token_swarm_server.config import ConfigError
+from token_swarm_server.config.loading import ConfigError
 
 BAD_INPUT = 2
 FAILURE = 1

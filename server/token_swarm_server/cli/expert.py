@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from token_swarm.experts.vllm_options import check_options, parse_options
+from token_swarm.experts.vllm.options import check_options, parse_options
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
-from token_swarm_server.settings import EXPERT_NAME, ExpertSettings, ServerTls, Settings
+from token_swarm_server.config.settings import EXPERT_NAME, ExpertSettings, ServerTls, Settings
 
 
 def expert(
@@ -58,8 +58,8 @@ def expert(
       token-swarm expert smollm2 --model demo:smollm2 --address 0.0.0.0:50071 \\
         --tls-certificate expert.pem --tls-key expert.key --tls-client-ca swarm-ca.pem
     """
-    from token_swarm_server.expert_process import ExpertStartError, run_expert
-    from token_swarm_server.expert_process import stop_when_input_ends as stop_with
+    from token_swarm_server.expert_server.process import ExpertStartError, run_expert
+    from token_swarm_server.expert_server.process import stop_when_input_ends as stop_with
 
     if stop_when_input_ends:
         stop_with()
@@ -89,7 +89,7 @@ def expert(
         problem = error.errors()[0]
         flag = str(problem["loc"][0]).replace("_", "-")
         raise CliError(f"--{flag}: {problem['msg']} (is {problem['input']!r})") from error
-    from token_swarm_server.grpc_host import Access
+    from token_swarm_server.rpc.host import Access
 
     tls = _tls(tls_certificate, tls_key, tls_client_ca, tls_client_name or [])
     access = Access(tls, allow_insecure=allow_insecure, tls_prefix="--tls-")

@@ -12,10 +12,10 @@ import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from token_swarm_server.channels import open_channel
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import FAILURE, CliError
-from token_swarm_server.settings import DEFAULT_LISTEN, ClientTls
+from token_swarm_server.config.settings import DEFAULT_LISTEN, ClientTls
+from token_swarm_server.rpc.channels import open_channel
 
 _SERVING = "SERVING"
 _NO_ANSWER = "NO_ANSWER"

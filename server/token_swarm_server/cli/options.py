@@ -16,7 +16,7 @@ import typer
 from token_swarm.mixing.defaults import MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
 from token_swarm_server.cli.errors import CliError
-from token_swarm_server.settings import DEFAULT_LISTEN, ENV_PREFIX, ClientTls
+from token_swarm_server.config.settings import DEFAULT_LISTEN, ENV_PREFIX, ClientTls
 
 
 class RuleName(StrEnum):

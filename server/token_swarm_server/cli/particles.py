@@ -160,7 +160,7 @@ async def _of_server(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> Any:
 
 
 def _of_folder(folder: Path) -> swarm_pb2.ListParticlesResponse:
-    from token_swarm_server.particle_store import ParticleStore
-    from token_swarm_server.public_wire import particles_to_proto
+    from token_swarm_server.coordinator.messages import particles_to_proto
+    from token_swarm_server.coordinator.particle_store import ParticleStore
 
     return particles_to_proto(ParticleStore.load(folder).all())

@@ -13,12 +13,12 @@ import typer
 from token_swarm.errors import BadParameter
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import FAILURE, INTERRUPTED, CliError
-from token_swarm_server.config import load_settings
+from token_swarm_server.config.loading import load_settings
 
 if TYPE_CHECKING:
     from token_swarm.particle import Rule
-    from token_swarm.search.run import SearchConfig
-    from token_swarm_server.search_task import Goal, Judging, LocalExperts, Preparation, RemoteExperts
+    from token_swarm.search.run.run import SearchConfig
+    from token_swarm_server.search.task import Goal, Judging, LocalExperts, Preparation, RemoteExperts
 
 _DECODING = "Of utilities that write text: "
 
@@ -106,10 +106,10 @@ def search(
     """
     with _told():
         from token_swarm.particle import Rule
-        from token_swarm.search.measure import Measure
-        from token_swarm.search.space import Space
+        from token_swarm.search.optimisers.space import Space
+        from token_swarm.search.report.measure import Measure
         from token_swarm_server.cli.search_display import Display
-        from token_swarm_server.search_task import Preparation
+        from token_swarm_server.search.task import Preparation
 
         if (config is None) == (address is None):
             raise CliError("--config: give it (experts are loaded here) or --address (of a server that runs)")
@@ -138,9 +138,9 @@ def search(
 @contextmanager
 def _told() -> Iterator[None]:
     """What can go wrong, as a line and an exit code. The folder keeps its checkpoint."""
-    from token_swarm.experts.transformers_loading import ExpertLoadError
+    from token_swarm.experts.loading import ExpertLoadError
     from token_swarm.search.data import DataError
-    from token_swarm.search.run import SearchFailed
+    from token_swarm.search.run.run import SearchFailed
     from token_swarm.search.utility import UtilityUnavailable
 
     try:
@@ -159,7 +159,7 @@ def _told() -> Iterator[None]:
 
 
 def _goals(utilities: list[str], files: list[Path], limit: int | None) -> tuple[Goal, ...]:
-    from token_swarm_server.search_task import Goal, UtilityName
+    from token_swarm_server.search.task import Goal, UtilityName
 
     if len(utilities) != len(files):
         raise CliError(f"--data: {len(files)} files for {len(utilities)} utilities; give one --data for each --utility")
@@ -184,7 +184,7 @@ def _judging(
     from token_swarm.decoding.request import DecodeRequest
     from token_swarm.mixing.shaping import Shaping
     from token_swarm.search.utilities import NUMBER, JudgeSettings, Normalise
-    from token_swarm_server.search_task import Judging
+    from token_swarm_server.search.task import Judging
 
     if normalise not in [each.value for each in Normalise]:
         raise BadParameter("--normalise", normalise, "sum or bytes")
@@ -206,7 +206,7 @@ def _judging(
 
 def _require_parts(goals: tuple[Goal, ...], judging: Judging, references: list[str]) -> None:
     """Refuse, before anything is loaded, a utility without what it asks, and optimisers that do not exist."""
-    from token_swarm.search.optimisers import OPTIMISERS
+    from token_swarm.search.optimisers.registry import OPTIMISERS
 
     for each in references:
         if each not in OPTIMISERS:
@@ -225,7 +225,7 @@ def _require_parts(goals: tuple[Goal, ...], judging: Judging, references: list[s
 def _search_config(
     name: str, optimiser: str, budget: dict[str, int], setting: list[str] | None, seed: int, race: str | None
 ) -> SearchConfig:
-    from token_swarm.search.run import SearchConfig
+    from token_swarm.search.run.run import SearchConfig
 
     settings: dict[str, Any] = dict(budget)
     for pair in setting or ():
@@ -244,7 +244,7 @@ def _search_config(
 def _local(config: Path | None) -> tuple[LocalExperts, tuple[str, ...], Rule]:
     """(experts, their names, the configuration's rule)."""
     from token_swarm.particle import Rule
-    from token_swarm_server.search_task import LocalExperts
+    from token_swarm_server.search.task import LocalExperts
 
     settings = load_settings(config)
     models = session.ready_models(settings, session.stderr_console())
@@ -256,8 +256,8 @@ def _remote(
 ) -> tuple[RemoteExperts, tuple[str, ...], Rule]:
     from token_swarm.particle import Rule
     from token_swarm_server.cli.client import require_private_token
-    from token_swarm_server.search_remote import RemoteEnsemble
-    from token_swarm_server.search_task import RemoteExperts
+    from token_swarm_server.search.remote import RemoteEnsemble
+    from token_swarm_server.search.task import RemoteExperts
 
     require_private_token(address, credentials)
     server = RemoteEnsemble(address, tls=credentials.tls, token=credentials.token)
@@ -275,10 +275,10 @@ def _run(
     report: bool,
     display: Any,
 ) -> dict[str, Any]:
-    from token_swarm.search.comparison import make_table
-    from token_swarm.search.report import comparison_json, write_report
-    from token_swarm.search.run import PARTICLE, Search
-    from token_swarm_server.search_task import evaluating
+    from token_swarm.search.report.comparison import make_table
+    from token_swarm.search.report.report import comparison_json, write_report
+    from token_swarm.search.run.run import PARTICLE, Search
+    from token_swarm_server.search.task import evaluating
 
     task = preparation.task(workers=workers if ray is None else max(workers, 2))
     with evaluating(workers, ray) as evaluator:
@@ -304,7 +304,7 @@ def _run(
 def _print(outcome: dict[str, Any], measure: Any) -> None:
     from rich.console import Console
 
-    from token_swarm.search.run import PARTICLE
+    from token_swarm.search.run.run import PARTICLE
     from token_swarm_server.cli.search_display import comparison_table
 
     console, result = Console(), outcome["result"]

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from token_swarm.particle import Mixture
-from token_swarm.search.comparison import Table as Comparison
-from token_swarm.search.measure import Measure
-from token_swarm.search.run import Progress
-from token_swarm.search.statistics import Interval
+from token_swarm.search.report.comparison import Table as Comparison
+from token_swarm.search.report.measure import Measure
+from token_swarm.search.report.statistics import Interval
+from token_swarm.search.run.run import Progress
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CHART = 40

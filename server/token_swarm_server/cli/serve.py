@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from token_swarm_server import logs
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
-from token_swarm_server.config import load_settings
-from token_swarm_server.logs import LogFormat, LogLevel
-from token_swarm_server.settings import Settings
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.settings import Settings
+from token_swarm_server.telemetry import logs
+from token_swarm_server.telemetry.logs import LogFormat, LogLevel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,8 +41,8 @@ def serve(
       token-swarm serve --config examples/demo.yaml
       TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve --config examples/demo.yaml
     """
-    from token_swarm_server.allocator import give_back_large_blocks
-    from token_swarm_server.grpc_host import public_access
+    from token_swarm_server.launch.allocator import give_back_large_blocks
+    from token_swarm_server.rpc.host import public_access
 
     give_back_large_blocks()
     given = ({"listen": listen} if listen else {}) | ({"allow_insecure": True} if allow_insecure else {})
@@ -80,7 +80,7 @@ def _require_free(listen: str, field: str) -> None:
 
 
 async def _serve(settings: Settings, models: dict[str, str], console: Console, *, table: bool) -> None:
-    from token_swarm_server.launcher import launch
+    from token_swarm_server.launch.launcher import launch
 
     importing = asyncio.create_task(session.import_coordinator())
 

@@ -17,8 +17,8 @@ import typer
 
 from token_swarm_server.cli import options
 from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, INTERRUPTED, CliError
-from token_swarm_server.config import load_settings
-from token_swarm_server.settings import DEFAULT_LISTEN, MetricsSettings, Settings
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.settings import DEFAULT_LISTEN, MetricsSettings, Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,8 +89,8 @@ def with_own_server(settings: Settings, call: Callable[[swarm_pb2_grpc.SwarmServ
 
 def ready_models(settings: Settings, console: Console) -> dict[str, str]:
     """What each local expert loads, demo experts fetched. Outside of any event loop, so that Ctrl-C works."""
-    from token_swarm_server.demo_experts import DemoExpertsError
-    from token_swarm_server.models import resolve_models
+    from token_swarm_server.assets.demo_experts import DemoExpertsError
+    from token_swarm_server.launch.models import resolve_models
 
     try:
         return resolve_models(settings.local_experts(), settings.cache, console=console)
@@ -101,8 +101,8 @@ def ready_models(settings: Settings, console: Console) -> dict[str, str]:
 @contextlib.contextmanager
 def start_errors() -> Any:
     """What can go wrong while experts and coordinator start, as CliError."""
-    from token_swarm_server.errors import TransportError, Unavailable
-    from token_swarm_server.launcher import LaunchError
+    from token_swarm_server.launch.launcher import LaunchError
+    from token_swarm_server.rpc.errors import TransportError, Unavailable
 
     try:
         yield
@@ -114,7 +114,7 @@ def start_errors() -> Any:
 
 async def import_coordinator() -> Callable[..., Coroutine[Any, Any, None]]:
     """`run_coordinator`, imported in a thread: torch takes seconds, which the experts need to load anyway."""
-    module = await asyncio.to_thread(importlib.import_module, "token_swarm_server.coordinator")
+    module = await asyncio.to_thread(importlib.import_module, "token_swarm_server.coordinator.server")
     run_coordinator: Callable[..., Coroutine[Any, Any, None]] = module.run_coordinator
     return run_coordinator
 
@@ -132,7 +132,7 @@ async def _on_server(
 
 @asynccontextmanager
 async def _own_server(settings: Settings, models: dict[str, str], console: Console) -> AsyncIterator[str]:
-    from token_swarm_server.launcher import launch
+    from token_swarm_server.launch.launcher import launch
 
     importing = asyncio.create_task(import_coordinator())
     with tempfile.TemporaryDirectory(prefix="token-swarm-") as folder, start_errors():

@@ -36,7 +36,7 @@ def create(
     Example:
       token-swarm tokens create alice --file tokens.json --out alice.token
     """
-    from token_swarm_server.tokens import create_token, revoke_token
+    from token_swarm_server.rpc.bearer_tokens import create_token, revoke_token
 
     if out is not None and out.exists():
         raise CliError(f"--out: {out} exists already; name a new file")
@@ -65,7 +65,7 @@ def list_tokens(file: File, as_json: options.Json = False) -> None:
     Example:
       token-swarm tokens list --file tokens.json
     """
-    from token_swarm_server.tokens import read_tokens
+    from token_swarm_server.rpc.bearer_tokens import read_tokens
 
     entries = read_tokens(file, "--file").values()
     if as_json:
@@ -88,7 +88,7 @@ def revoke(name: Name, file: File) -> None:
     Example:
       token-swarm tokens revoke alice --file tokens.json
     """
-    from token_swarm_server.tokens import revoke_token
+    from token_swarm_server.rpc.bearer_tokens import revoke_token
 
     try:
         revoke_token(file, name)

@@ -10,8 +10,8 @@ import numpy as np
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture
 from token_swarm.search.data import ChoiceExample, PreferenceExample
-from token_swarm.search.score_cache import ScoreCache
-from token_swarm.search.scoring import Passage
+from token_swarm.search.score_cache.cache import ScoreCache
+from token_swarm.search.score_cache.reader import Passage
 from token_swarm.search.utility import Array, Scores, as_items
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from token_swarm.particle import Mixture
 from token_swarm.search.data import TextExample
-from token_swarm.search.score_cache import ScoreCache
-from token_swarm.search.scoring import Passage
+from token_swarm.search.score_cache.cache import ScoreCache
+from token_swarm.search.score_cache.reader import Passage
 from token_swarm.search.utility import Array, Scores, as_items
 
 

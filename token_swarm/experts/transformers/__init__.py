@@ -1,0 +1,1 @@
+"""The backend on Hugging Face transformers: packed batches over one slot cache."""

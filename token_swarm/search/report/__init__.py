@@ -1,0 +1,1 @@
+"""What a search found, told to people: tables, plots, comparisons, and the true optimum where it is known."""
