@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -66,10 +66,14 @@ def source_of(model: str | Path) -> str:
     return source
 
 
-def dtype_of(dtype: str, device: torch.device) -> torch.dtype:
-    """Parse a dtype; "auto" is bfloat16 where `device` computes it natively, else float32. Raises ExpertLoadError."""
+def dtype_of(dtype: str, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """Parse a dtype; "auto" is float32 on a CPU and the checkpoint's own elsewhere. Raises ExpertLoadError.
+
+    On every CPU, also one that computes bfloat16 natively: there a step of SmolLM2 takes 19 ms in float32 with our
+    kernels, which read weights as bfloat16 where that is exact, and 43 ms in bfloat16.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+        return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in _DTYPES:
         raise ExpertLoadError(f"dtype: {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
@@ -85,10 +89,3 @@ def one_line(source: str) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise ExpertLoadError(f"model: {source} cannot be loaded as a causal language model: {reason}") from error
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    """Emulated bfloat16 is several times slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

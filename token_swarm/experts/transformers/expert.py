@@ -68,8 +68,8 @@ class TransformersExpert(PlannedExpert):
     ) -> None:
         """Load `model`, a directory or hub id, and check that packed steps equal its plain forward.
 
-        `dtype` is "float32", "bfloat16", "float16" or "auto": bfloat16 where the device computes it natively,
-        else float32. `threads` sets torch's intra-op threads for the whole process (None leaves them).
+        `dtype` is "float32", "bfloat16", "float16" or "auto": float32 on a CPU, elsewhere the checkpoint's own.
+        `threads` sets torch's intra-op threads for the whole process (None leaves them).
         `max_context` is lowered to what the model knows. Raises ExpertLoadError.
         """
         require_at_least("max_sequences", max_sequences, SEQUENCES)

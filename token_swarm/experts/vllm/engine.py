@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -247,7 +247,7 @@ def _configure(
     version: str,
     model: str,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     max_sequences: int,
     max_context: int,
     options: Mapping[str, Value],
