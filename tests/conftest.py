@@ -183,30 +183,45 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 
 
 @pytest.fixture(scope="session")
-def tiny_expert(tiny_model_dir: Callable[[str], Path]) -> Callable[[str], TransformersExpert]:
-    """name in TINY_MODELS -> a small expert on it, loaded once per session."""
-    loaded: dict[str, TransformersExpert] = {}
+def loaded_experts() -> dict[tuple[str, str], TransformersExpert]:
+    """(name, dtype) -> an expert that tests of this process share."""
+    return {}
 
-    def expert(name: str) -> TransformersExpert:
-        if name not in loaded:
-            directory = tiny_model_dir(name)
-            loaded[name] = TransformersExpert(name, directory, threads=1, max_sequences=6, max_context=80)
-        return loaded[name]
+
+@pytest.fixture(autouse=True)
+def released_sequences(loaded_experts: dict[tuple[str, str], TransformersExpert]) -> Iterator[None]:
+    """A test that fails half-way leaves its sequences open: those after it would fail as well."""
+    yield
+    for expert in loaded_experts.values():
+        expert._release_all()
+
+
+@pytest.fixture(scope="session")
+def tiny_expert(
+    tiny_model_dir: Callable[[str], Path], loaded_experts: dict[tuple[str, str], TransformersExpert]
+) -> Callable[..., TransformersExpert]:
+    """(name in TINY_MODELS, dtype) -> a small expert on it, loaded once per session."""
+
+    def expert(name: str, dtype: str = "float32") -> TransformersExpert:
+        if (name, dtype) not in loaded_experts:
+            loaded_experts[name, dtype] = TransformersExpert(
+                name, tiny_model_dir(name), dtype=dtype, threads=1, max_sequences=6, max_context=80
+            )
+        return loaded_experts[name, dtype]
 
     return expert
 
 
 @pytest.fixture(scope="session")
-def real_expert() -> Callable[[str], TransformersExpert]:
-    """"smollm2" or "gemma3" -> the demo expert in float32, loaded once per session."""
-    loaded: dict[str, TransformersExpert] = {}
+def real_expert(loaded_experts: dict[tuple[str, str], TransformersExpert]) -> Callable[[str], TransformersExpert]:
+    """A demo expert's name -> that expert in float32, loaded once per session."""
 
     def expert(name: str) -> TransformersExpert:
-        if name not in loaded:
-            directory = real_expert_dir(name)
-            loaded[name] = TransformersExpert(
-                name, directory, dtype="float32", threads=1, max_sequences=9, max_context=800
+        key = (f"real {name}", "float32")
+        if key not in loaded_experts:
+            loaded_experts[key] = TransformersExpert(
+                name, real_expert_dir(name), dtype="float32", threads=1, max_sequences=9, max_context=800
             )
-        return loaded[name]
+        return loaded_experts[key]
 
     return expert

@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, MambaConfi
 from tests.conftest import tiny_tokenizer
 from token_swarm.experts import laws
 from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows, Truncate
-from token_swarm.experts.transformers import expert as transformers
-from token_swarm.experts.transformers.check import PlainForward
+from token_swarm.experts.transformers import expert as backend
+from token_swarm.experts.transformers.check import PlainForward, RoundingDiffers
 from token_swarm.experts.transformers.expert import ExpertLoadError, TransformersExpert
-from token_swarm.experts.transformers.packed_attention import PackedBatch
 from token_swarm.experts.transformers.slot_cache import SlotCache
 
 
@@ -58,30 +57,21 @@ def test_models_that_cannot_be_served_are_refused(tmp_path):
         TransformersExpert("bert", tmp_path)
 
 
-def test_a_difference_from_the_plain_forward_is_refused(tiny_model_dir, monkeypatch):
-    def nothing_seen_before(self, run, first, window):
-        return torch.eye(run.count, run.stop - first, dtype=torch.bool)
-
-    monkeypatch.setattr(PackedBatch, "mask", nothing_seen_before)
-    with pytest.raises(ExpertLoadError, match=r"LlamaForCausalLM cannot be served in packed batches"):
-        TransformersExpert("wrong", tiny_model_dir("llama"))
-
-
 @pytest.mark.parametrize("wrong", [0, 1, 2])
 def test_attention_of_cudnn_is_used_only_where_others_are_off(tiny_model_dir, monkeypatch, wrong):
-    monkeypatch.setattr(transformers, "_cudnn_choices", lambda device: (False, True))
+    monkeypatch.setattr(backend, "_cudnn_choices", lambda device: (False, True))
     before, compare, used = torch.backends.cuda.cudnn_sdp_enabled(), PlainForward.compare, []
 
     def compared(plain, expert):
         used.append(torch.backends.cuda.cudnn_sdp_enabled())
         compare(plain, expert)
         if len(used) <= wrong:
-            raise ExpertLoadError("off")
+            raise RoundingDiffers("off")
 
     monkeypatch.setattr(PlainForward, "compare", compared)
     try:
         with pytest.raises(ExpertLoadError, match="off") if wrong == 2 else contextlib.nullcontext():
-            expert = TransformersExpert("e", tiny_model_dir("llama"), max_sequences=4, max_context=32)
+            expert = TransformersExpert("e", tiny_model_dir("llama"), dtype="float32", max_sequences=4, max_context=32)
             assert expert.stats().sequences == 0
         assert used == [False, True][: wrong + 1]
         assert torch.backends.cuda.cudnn_sdp_enabled() == used[-1]
@@ -153,7 +143,7 @@ def test_a_fork_of_an_extended_sequence_waits_for_it(tiny_expert, monkeypatch):
 
 def test_a_long_prefill_is_fed_in_chunks(tiny_model_dir, monkeypatch):
     monkeypatch.setattr("token_swarm.experts.transformers.expert._CHUNK", 20)
-    expert = TransformersExpert("chunks", tiny_model_dir("gemma3"), threads=1, max_context=100)
+    expert = TransformersExpert("chunks", tiny_model_dir("gemma3"), dtype="float32", threads=1, max_context=100)
     long = tuple(range(40, 90))
     calls = count_forwards(expert, [Open(0, long, Rows.ALL), Open(1, (5, 6, 7), Rows.ALL)], monkeypatch)
     assert calls == [20, 20, 13]
@@ -166,7 +156,7 @@ def test_a_long_prefill_is_fed_in_chunks(tiny_model_dir, monkeypatch):
 
 
 def test_a_failed_forward_closes_every_sequence(tiny_model_dir, monkeypatch):
-    expert = TransformersExpert("fails", tiny_model_dir("llama"), threads=1)
+    expert = TransformersExpert("fails", tiny_model_dir("llama"), dtype="float32", threads=1)
     expert.step([Open(0, (5, 6))])
 
     def out_of_memory(self, *args, **kwargs):

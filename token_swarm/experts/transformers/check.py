@@ -1,19 +1,16 @@
-"""The check at load: packed steps must give what the model's own plain forward gives.
-
-A model whose code does something the packed batch cannot follow (positions taken from the cache, a bias of its
-own, a state beside the KV) is found here, before it can answer anybody.
-"""
+"""The check at load of the model itself: packed steps must give its plain forward's logits up to its own rounding."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-import numpy as np
 import torch
 
 from token_swarm.experts.contract import Close, Expert, ExpertSpec, Extend, Fork, Op, Open, Rows, Truncate
 from token_swarm.experts.loading import ExpertLoadError
 from token_swarm.experts.tokenizer.numbering import Numbering
+from token_swarm.experts.tokenizer.prompt import PromptEncoder
 
 SEQUENCES = 3
 """Sequences that the check opens."""
@@ -21,35 +18,75 @@ SEQUENCES = 3
 CONTEXT = 16
 """Shortest context that the check can work in."""
 
-_LONGEST_WINDOW = 64
-"""Windows up to this size are passed in the check: it stays a matter of a second."""
+_TOKENS = 40
+"""Of the longest text: windows and other thresholds are passed in a small copy of the model (`logic_check`)."""
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest relative difference that rounding explains."""
+_TEXTS = (
+    "The harbour was quiet before the storm of 1987 reached it. Fishermen had tied up 23 boats along the stone pier, "
+    "and the keeper of the lighthouse wrote down the time, 4:45, in a book that nobody would open again for 30 years. "
+    "Most of what he saw that night is known from two letters to his sister, who lived inland.",
+    "To sort a list in place, call its method of that name; it returns nothing.",
+    "In spring, however, the river rises again, and the lower meadows lie under water for weeks.",
+)
+"""What a language model expects. Models amplify rounding on random tokens, and without the token that begins a text."""
+
+_FLOORS = 3.0
+"""A difference of up to so many times the model's own is taken for rounding."""
+
+_LEAST = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Differences, as shares of the spread, that are rounding in any model: its own may happen to be 0, and on a CPU its
+layers are replaced by kernels that sum in another order."""
+
+
+class NotFinite(ExpertLoadError):
+    """The plain model's logits overflow in its dtype."""
+
+
+class RoundingDiffers(ExpertLoadError):
+    """Packed steps differ from the plain model by more than its rounding explains."""
 
 
 class PlainForward:
-    """Three texts and their logits, from plain forwards of `model` without a cache."""
+    """Three texts and their logits, from plain forwards of `model`; and how far it differs from itself.
 
-    def __init__(self, model: Any, spec: ExpertSpec, numbering: Numbering) -> None:
-        window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
-        size = CONTEXT + (window if window <= _LONGEST_WINDOW else 0)
-        size = min(size, spec.max_context)
-        ids = np.flatnonzero(spec.vocabulary.allowed)
-        draw = np.random.default_rng(0).choice(ids, size=2 * size + 8).tolist()
-        self.long, self.short = tuple(draw[:size]), tuple(draw[size : size + 8])
-        self.branch = self.long[: size // 2 - 2] + tuple(draw[-5:])
+    `floor`: the difference between texts fed in pieces through the model's own cache and at once, as a share of the
+    spread of the logits.
+    """
+
+    def __init__(self, model: Any, spec: ExpertSpec, numbering: Numbering, prompts: PromptEncoder) -> None:
+        """Raises NotFinite when the model's logits are not finite on ordinary text."""
+        size = min(_TOKENS, spec.max_context)
+        long, short, other = (_tokens(prompts, text, size) for text in _TEXTS)
+        self.long, self.short = long, short[:8]
+        self.branch = long[: size // 2 - 2] + other[1:6]
+        pieces = {
+            self.long: (size // 2, 1, size - size // 2 - 1),
+            self.short: (2, 1, 5),
+            self.branch: (size // 2 - 2, 5),
+        }
+        self.floor = 0.0
+        self._rows = {}
         with torch.inference_mode():
-            self._rows = {
-                text: _rows(model, numbering.to_model(text))[:, numbering.columns]
-                for text in (self.long, self.short, self.branch)
-            }
+            for text, counts in pieces.items():
+                inputs = torch.tensor([numbering.to_model(text)], device=model.device)
+                whole = model(input_ids=inputs, use_cache=False).logits[0]
+                if not torch.isfinite(whole).all():
+                    raise NotFinite(
+                        f"model: {spec.architecture} has logits that are not finite in {_name(spec.dtype)} on ordinary "
+                        "text; use dtype: float32 or bfloat16"
+                    )
+                self.floor = max(self.floor, _difference(_in_pieces(model, inputs, counts), whole))
+                self._rows[text] = whole[:, numbering.columns].cpu()
 
-    def compare(self, expert: Expert) -> None:
-        """Feed the texts to `expert`, which has no open sequences, in pieces, and compare its rows.
+    @property
+    def tolerance(self) -> float:
+        """Largest difference, as a share of the spread, that rounding explains."""
+        return max(_FLOORS * self.floor, _LEAST[next(iter(self._rows.values())).dtype])
 
-        Covers a ragged batch, chunks, single tokens, a rollback, a fork and, when it is small, the sliding
-        window. Raises ExpertLoadError when they differ by more than rounding.
+    def compare(self, expert: Expert) -> float:
+        """Feed the texts to `expert`, which has no open sequences, in pieces; returns the largest difference.
+
+        Covers a ragged batch, chunks, single tokens, a rollback and a fork. Raises RoundingDiffers.
         """
         long, short, branch = self.long, self.short, self.branch
         half, shared = len(long) // 2, len(branch) - 5
@@ -65,27 +102,48 @@ class PlainForward:
             [(Fork(0, 2), ()), (Extend(0, long[half + 1 :], Rows.ALL), long)],
             [(Truncate(2, shared), ()), (Extend(2, branch[shared:], Rows.ALL), branch)],
         ]
+        largest = 0.0
         for step in steps:
             result = expert.step([op for op, _ in step])
             for index, (op, history) in enumerate(step):
-                if history:
-                    self._compare_rows(result.rows(index), history, type(op).__name__, expert.spec)
+                if not history:
+                    continue
+                rows = result.rows(index)
+                text = next(text for text in self._rows if text[: len(history)] == history)
+                off = _difference(rows, self._rows[text][len(history) - rows.shape[0] : len(history)])
+                if not off <= self.tolerance:
+                    raise RoundingDiffers(
+                        f"model: {expert.spec.architecture} cannot be served in packed batches: after "
+                        f"{type(op).__name__.lower()} its logits differ from a plain forward by {off:.2g} of their "
+                        f"spread, {self.tolerance:.2g} is what rounding in {_name(expert.spec.dtype)} explains"
+                    )
+                largest = max(largest, off)
         expert.step([Close(sequence) for sequence in range(SEQUENCES)])
-
-    def _compare_rows(self, rows: torch.Tensor, history: tuple[int, ...], what: str, spec: ExpertSpec) -> None:
-        text = next(text for text in self._rows if text[: len(history)] == history)
-        expected = self._rows[text][len(history) - rows.shape[0] : len(history)].double()
-        spread = torch.linalg.vector_norm(expected - expected.mean(dim=-1, keepdim=True))
-        difference = float(torch.linalg.vector_norm(rows.double() - expected) / spread)
-        if not difference <= _TOLERANCE[spec.dtype]:
-            raise ExpertLoadError(
-                f"model: {spec.architecture} cannot be served in packed batches: after {what.lower()} its logits "
-                f"differ from a plain forward by {difference:.2g} of their spread, "
-                f"allowed is {_TOLERANCE[spec.dtype]:.2g} for {spec.dtype}"
-            )
+        return largest
 
 
-def _rows(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:
-    """Every token's logits, [tokens, width]."""
-    logits: torch.Tensor = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
-    return logits.cpu()
+def _tokens(prompts: PromptEncoder, text: str, size: int) -> tuple[int, ...]:
+    """`size` tokens that begin as a prompt does; a text of fewer is repeated."""
+    tokens = prompts.encode(text, chat=False).tokens
+    return tuple(itertools.islice(itertools.cycle(tokens), size))
+
+
+def _in_pieces(model: Any, inputs: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
+    """Logits of `inputs`, [1, tokens], fed in pieces through a cache of the model's own: [tokens, width]."""
+    cache, rows = None, []
+    for piece in torch.split(inputs, list(counts), dim=1):
+        output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        rows.append(output.logits[0])
+    return torch.cat(rows)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to the spread of the expected logits; NaN is no number that a tolerance admits."""
+    expected = expected.double()
+    spread = torch.linalg.vector_norm(expected - expected.mean(dim=-1, keepdim=True))
+    return float(torch.linalg.vector_norm(found.double() - expected) / spread)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

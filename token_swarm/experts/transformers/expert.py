@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,14 @@ from token_swarm.experts.planned import PlannedExpert
 from token_swarm.experts.tokenizer.numbering import Numbering
 from token_swarm.experts.tokenizer.prompt import PromptEncoder
 from token_swarm.experts.tokenizer.spec import expert_spec
-from token_swarm.experts.transformers.check import CONTEXT, SEQUENCES, PlainForward
-from token_swarm.experts.transformers.cpu_linear import pack_linears
-from token_swarm.experts.transformers.cpu_norm import pack_norms
+from token_swarm.experts.transformers.check import CONTEXT, SEQUENCES, NotFinite, PlainForward, RoundingDiffers
 from token_swarm.experts.transformers.loading import load
-from token_swarm.experts.transformers.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
+from token_swarm.experts.transformers.logic_check import check_logic
+from token_swarm.experts.transformers.packed_attention import Run
+from token_swarm.experts.transformers.packed_model import pack, packed_forward
 from token_swarm.experts.transformers.slot_cache import SlotCache
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ExpertLoadError", "TransformersExpert"]
 
@@ -78,28 +81,37 @@ class TransformersExpert(PlannedExpert):
             require_at_least("threads", threads, 1)
             torch.set_num_threads(threads)
         self._device = device_of(device)
-        self._model, tokenizer = load(model, self._device, dtype)
-        limit = context_limit(self._model.config)
-        context = max_context if limit is None else min(max_context, limit)
-        self._spec, self._numbering = _spec(name, self._model, tokenizer, max_sequences, context)
-        self._prompts = PromptEncoder(tokenizer, self._numbering)
-        self._cache = SlotCache(max_sequences, context)
+        self._model: Any = None
         self._slots: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._clear_plan()
+        try:
+            self._load(name, model, dtype, max_sequences, max_context)
+        except (NotFinite, RoundingDiffers) as error:
+            if dtype != "auto" or self._spec.dtype == torch.float32:
+                raise
+            logger.warning("expert %s is served in float32: %s", name, error)
+            self._release_all()
+            self._model = None
+            self._load(name, model, "float32", max_sequences, max_context)
+
+    def _load(self, name: str, model: str | Path, dtype: str, max_sequences: int, max_context: int) -> None:
+        """Load `model`, make it ready for packed batches and check both. Raises ExpertLoadError."""
+        self._model, tokenizer = load(model, self._device, dtype)
+        limit = context_limit(self._model.config)
+        context = check_logic(self._model, max_context if limit is None else min(max_context, limit), CONTEXT)
+        self._spec, self._numbering = _spec(name, self._model, tokenizer, max_sequences, context)
+        self._prompts = PromptEncoder(tokenizer, self._numbering)
+        self._cache = SlotCache(max_sequences, context)
 
         plain = {}
         for cudnn in _cudnn_choices(self._device):
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            plain[cudnn] = PlainForward(self._model, self._spec, self._numbering)
-        self._model.set_attn_implementation(IMPLEMENTATION)
+            plain[cudnn] = PlainForward(self._model, self._spec, self._numbering, self._prompts)
         columns = torch.from_numpy(self._numbering.columns).to(self._device)
-        head = self._model.get_output_embeddings()
-        if self._device.type == "cpu":
-            pack_linears(self._model, torch.get_num_threads(), head, columns)
-            pack_norms(self._model)
+        in_order = pack(self._model, columns)
         # What is not packed stays as it is in memory: its rows are put in order one by one.
-        self._columns = columns if self._model.get_output_embeddings() is head else None
+        self._columns = None if in_order else columns
         try:
             self._check(plain)
         except (TypeError, RuntimeError, LookupError) as error:
@@ -114,7 +126,7 @@ class TransformersExpert(PlannedExpert):
             try:
                 forward.compare(self)
                 return
-            except ExpertLoadError:
+            except RoundingDiffers:
                 if cudnn == last:
                     raise
                 self._release_all()
@@ -195,20 +207,9 @@ class TransformersExpert(PlannedExpert):
 
     def _forward(self, runs: list[Run], tokens: list[int], wanted: list[tuple[int, int]], logits: torch.Tensor) -> None:
         """One forward over `runs`; batch row i of each wanted (i, j) becomes row j of `logits`."""
-        batch = PackedBatch(runs, self._device)
-        active = ACTIVE.set(batch)
-        try:
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=batch.positions[None],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=torch.tensor([at for at, _ in wanted], dtype=torch.long, device=self._device),
-            )
-        finally:
-            ACTIVE.reset(active)
+        rows_of_batch = packed_forward(self._model, self._cache, runs, tokens, [at for at, _ in wanted])
         if wanted:
-            found = output.logits[0] if self._columns is None else output.logits[0][:, self._columns]
+            found = rows_of_batch if self._columns is None else rows_of_batch[:, self._columns]
             rows = [row for _, row in wanted]
             # Mostly a batch gives all rows in order, several MB of them: they are copied as one block.
             ordered = rows == list(range(rows[0], rows[0] + len(rows)))
@@ -234,9 +235,7 @@ def _cudnn_choices(device: torch.device) -> tuple[bool, ...]:
     return (False, True) if device.type == "cuda" else (as_it_is,)
 
 
-def _spec(
-    name: str, model: Any, tokenizer: Any, max_sequences: int, max_context: int
-) -> tuple[ExpertSpec, Numbering]:
+def _spec(name: str, model: Any, tokenizer: Any, max_sequences: int, max_context: int) -> tuple[ExpertSpec, Numbering]:
     head = model.get_output_embeddings()
     if head is None:
         raise ExpertLoadError(f"model: {type(model).__name__} has no language-model head")

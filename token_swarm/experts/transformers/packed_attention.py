@@ -81,13 +81,15 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of the active batch, with the signature that transformers' AttentionInterface asks for.
 
     `query`: [1, heads, N, head dim]. `key`, `value`: [slots, KV heads, context, head dim], the whole KV of the
     layer, which already holds the new tokens. A row at position p sees the positions up to p, with
-    `sliding_window` w only those above p - w. `softcap` c bends scores to c tanh(score / c) (Gemma 2).
+    `sliding_window` w only those above p - w. `softcap` c bends scores to c tanh(score / c) (Gemma 2). `s_aux`
+    [heads]: attention sinks, scores of a key of which every row sees nothing but its weight (gpt-oss).
     Returns [1, N, heads, value dim].
     """
     batch = ACTIVE.get()
@@ -98,33 +100,40 @@ def packed_attention(
         values = value[run.slot : run.slot + 1, :, first : run.stop]
         queries = query[:, :, run.row : run.row + run.count]
         mask = None if run.count == 1 else batch.mask(run, first, sliding_window)
-        if softcap is None:
+        if softcap is None and s_aux is None:
             output = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
             )
         else:
-            output = _softcapped(queries, keys, values, mask, scaling, softcap)
+            output = _explicit(queries, keys, values, mask, scaling, softcap, s_aux)
         outputs.append(output)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _softcapped(
+def _explicit(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float | None,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """SDPA has no place for a soft cap between the scores and the mask."""
+    """SDPA has no place for a soft cap between the scores and the mask, nor for a sink."""
     scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = torch.unflatten(queries, 1, (keys.shape[1], -1))  # [1, KV heads, group, count, head dim]
     scores = grouped @ keys.unsqueeze(2).transpose(-1, -2) * scale
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.view(1, keys.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
     return (weights @ values.unsqueeze(2)).flatten(1, 2)
 
 

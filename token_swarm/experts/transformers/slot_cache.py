@@ -74,6 +74,4 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:
         slots, context = self._shape
-        return torch.empty(
-            slots, states.shape[1], context, states.shape[3], dtype=states.dtype, device=states.device
-        )
+        return torch.empty(slots, states.shape[1], context, states.shape[3], dtype=states.dtype, device=states.device)

@@ -1,0 +1,50 @@
+"""A model made ready for packed batches, and one forward over such a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from token_swarm.experts.transformers.cpu_linear import pack_linears
+from token_swarm.experts.transformers.cpu_norm import pack_norms
+from token_swarm.experts.transformers.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
+from token_swarm.experts.transformers.slot_cache import SlotCache
+
+
+def pack(model: Any, columns: torch.Tensor | None = None) -> bool:
+    """Replace the attention of `model`, and on a CPU its linear layers and norms.
+
+    `columns`: int64 [width], the order in which the last layer is to have its outputs. Returns whether it has; what is
+    not packed keeps the order of the model.
+    """
+    model.set_attn_implementation(IMPLEMENTATION)
+    head = model.get_output_embeddings()
+    if model.device.type == "cpu":
+        pack_linears(model, torch.get_num_threads(), head, columns)
+        pack_norms(model)
+    return columns is not None and model.get_output_embeddings() is not head
+
+
+def packed_forward(
+    model: Any, cache: SlotCache, runs: Sequence[Run], tokens: Sequence[int], wanted: Sequence[int]
+) -> torch.Tensor:
+    """Feed `tokens`, which `runs` share out among the slots of `cache`.
+
+    Returns the logits of the tokens at `wanted`: [rows, width].
+    """
+    batch = PackedBatch(runs, model.device)
+    active = ACTIVE.set(batch)
+    try:
+        output = model(
+            input_ids=torch.tensor([tokens], device=model.device),
+            position_ids=batch.positions[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=model.device),
+        )
+    finally:
+        ACTIVE.reset(active)
+    logits: torch.Tensor = output.logits[0]
+    return logits
