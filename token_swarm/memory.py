@@ -6,10 +6,15 @@ a page that is touched for the first time costs as much as what is computed in i
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import mmap
+import sys
 import weakref
 from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +51,40 @@ def on(block: npt.NDArray[np.uint8], shape: tuple[int, ...], dtype: torch.dtype)
     # Shaped by numpy: every operation of torch lets another thread have the interpreter. Of an array that it is given
     # numpy would keep the owner alone; of its buffer it keeps the array.
     return torch.from_numpy(np.frombuffer(block.data, known).reshape(shape))
+
+
+def give_back_pages(block: Tensor) -> None:
+    """Give the memory of a contiguous CPU tensor back to the operating system; what it held is lost.
+
+    Its pages are mapped again when they are touched. Bytes before the first whole page and after the last stay. Where
+    the system has no such call nothing happens.
+    """
+    first = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (block.data_ptr() + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if size > 0 and _madvise is not None:
+        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Give back what the C allocator keeps of memory that is free, where it can be asked to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use, its libraries included; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def _system_madvise() -> Callable[..., object] | None:
+    # Elsewhere the advice has another meaning, or another number.
+    return ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+
+
+_madvise = _system_madvise()
 
 
 def _lend(size: int) -> npt.NDArray[np.uint8]:

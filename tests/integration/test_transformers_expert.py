@@ -80,6 +80,24 @@ def test_rows_equal_the_plain_forward_past_the_sliding_window(real_expert, name)
     expert.step([Close(number) for number in range(3)])
 
 
+def test_a_row_has_the_same_bits_whatever_texts_are_beside_it(real_expert, name):
+    """What the promise that a text is the same alone and among others rests on, in float32."""
+    expert = real_expert(name)
+    texts = [expert.encode(text).tokens for text in ("In the beginning", "def f(x):", "The cat", "1, 2, 3,", "Rain")]
+
+    def rows(chosen):
+        opened = expert.step([Open(number, texts[number], Rows.ALL) for number in chosen])
+        extended = expert.step([Extend(number, texts[number][:1]) for number in chosen])
+        expert.step([Close(number) for number in chosen])
+        return {number: (opened.rows(at), extended.rows(at)) for at, number in enumerate(chosen)}
+
+    together = rows(range(len(texts)))
+    for number in range(len(texts)):
+        (alone,) = rows([number]).values()
+        for found, expected in zip(together[number], alone, strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_fresh_rows_equal_the_plain_forward(real_expert, name):
     """Ties to the plain model what the laws (tests/laws/test_expert_laws.py) hold random operations against."""
     expert = real_expert(name)

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from token_swarm.experts.transformers import cpu_linear
-from token_swarm.experts.transformers.cpu_linear import CpuLinear, holds_in_half_precision, pack_linears
+from token_swarm.experts.transformers.cpu_linear import (
+    CpuLinear,
+    PackedLinear,
+    holds_in_half_precision,
+    pack_linears,
+    packed_linear,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """What the weights were stored in: each is packed in another way."""
@@ -23,7 +29,7 @@ def linear(*, bias: bool, stored: torch.dtype, inner: int = 96, outputs: int = 2
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_the_plain_layer(bias, stored, threads):
     plain = linear(bias=bias, stored=stored)
-    packed = CpuLinear(plain, threads, chain=30)
+    packed = packed_linear(plain, threads, chain=30)
     with torch.inference_mode():
         for rows in (0, 1, 2, 3, 8, 31, 32, 33, 100):
             inputs = torch.randn(1, rows, 96)
@@ -37,7 +43,7 @@ def test_equals_the_plain_layer(bias, stored, threads):
 def test_outputs_in_another_order(bias, stored):
     plain = linear(bias=bias, stored=stored)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
-    packed = CpuLinear(plain, 1, chain=None, outputs=order)
+    packed = packed_linear(plain, 1, chain=None, outputs=order)
     with torch.inference_mode():
         for rows in (1, 2, 32, 33):
             inputs = torch.randn(1, rows, 96)
@@ -48,8 +54,8 @@ def test_outputs_in_another_order(bias, stored):
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this torch build has no FBGEMM"
 )
 def test_half_precision_is_used_only_where_it_is_exact():
-    assert CpuLinear(linear(bias=True, stored=torch.float16), 1)._one_row is not None
-    assert CpuLinear(linear(bias=True, stored=torch.float32), 1)._one_row is None
+    assert CpuLinear(linear(bias=True, stored=torch.float16))._one_row is not None
+    assert CpuLinear(linear(bias=True, stored=torch.float32))._one_row is None
 
 
 def summed_in_chains(inputs: torch.Tensor, weight: torch.Tensor, longest: int) -> torch.Tensor:
@@ -71,7 +77,7 @@ def test_rounds_no_more_than_its_chains(inner, stored):
     processor to processor: the wider its vectors, the shorter its chains."""
     torch.manual_seed(2)
     plain = nn.Linear(inner, 500, bias=False).to(stored).float()
-    packed, whole = CpuLinear(plain, 1), CpuLinear(plain, 1, chain=None)
+    packed, whole = CpuLinear(plain), CpuLinear(plain, chain=None)
     with torch.inference_mode():
         for rows in (1, 3, 8, 21):
             inputs = torch.randn(1, rows, inner)
@@ -109,6 +115,17 @@ def test_packing_keeps_tied_weights_tied_and_other_layers_alone():
     assert isinstance(model[2][0], CpuLinear)
     assert model[2][0].weight is model[0].weight
     assert isinstance(model[1], nn.LayerNorm)
+
+
+@pytest.mark.parametrize("outputs", [64, 200])
+def test_a_packed_layer_gives_its_weights_back(outputs):
+    plain = linear(bias=True, stored=torch.bfloat16, outputs=outputs)
+    order = torch.randperm(outputs, generator=torch.Generator().manual_seed(1))
+    for packed in (PackedLinear(plain), PackedLinear(plain, order)):
+        assert torch.equal(packed.weight, plain.weight)
+        assert torch.equal(packed.rows(torch.tensor([5, 0, 63, 5])), plain.weight[[5, 0, 63, 5]])
+        padded = -(-outputs // 64) * 64
+        assert packed.nbytes == padded * 96 * 2 + padded * 4
 
 
 def test_other_dtypes_stay_plain():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from token_swarm import memory
 from token_swarm.experts.transformers.packed_attention import ACTIVE, PackedBatch, Run, packed_attention
 from token_swarm.experts.transformers.slot_cache import SlotCache
 
@@ -47,6 +48,30 @@ def test_slots_are_reused_lowest_first():
     assert [cache.take(), cache.take()] == [0, 2]
     cache.release_all()
     assert cache.take() == 0
+
+
+@pytest.mark.skipif(memory.resident_bytes() == 0, reason="this system does not say what a process holds")
+def test_free_slots_give_their_memory_back():
+    cache, tokens = SlotCache(8, 2048), 2000
+    for _ in range(2):
+        slots = [cache.take() for _ in range(8)]
+        empty = memory.resident_bytes()
+        states = torch.randn(1, 64, tokens, 64)
+        for slot in slots:
+            feed(cache, [Run(slot, 0, tokens, 0)], states, states)
+        size = 2 * states.nbytes
+        full = memory.resident_bytes()
+        assert full - empty > 5.5 * size
+        for slot in slots:
+            cache.release(slot)
+        # All but two: those are taken again first.
+        assert full - memory.resident_bytes() > 5 * size
+        kept = cache.take()
+        stored, _ = feed(cache, [Run(kept, tokens, 1, 0)], states[:, :, :1], states[:, :, :1])
+        assert torch.equal(stored[kept, :, :tokens], states[0])
+        cache.release(kept)
+        cache.release_all()
+    assert cache.nbytes_per_token == 2 * 64 * 64 * 4
 
 
 def test_copy_takes_the_prefix_only():

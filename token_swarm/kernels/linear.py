@@ -37,23 +37,34 @@ class Bfloat16Linear:
         Raises RuntimeError where the kernels were not built.
         """
         native.require()
-        self._outputs, self._inputs = weight.shape
-        panels = -(-self._outputs // _PANEL)
-        pairs = torch.zeros(panels, self._inputs, _PANEL // 2, 2, dtype=torch.bfloat16)
+        self.outputs, self.inputs = weight.shape
+        panels = -(-self.outputs // _PANEL)
+        pairs = torch.zeros(panels, self.inputs, _PANEL // 2, 2, dtype=torch.bfloat16)
         for panel, part in enumerate(torch.split(weight, _PANEL)):
             if part.shape[0] < _PANEL:
                 part = F.pad(part, (0, 0, 0, _PANEL - part.shape[0]))
             # [2, 32, inputs] -> [inputs, 32, 2]: outputs 32 apart side by side.
-            pairs[panel] = part.view(2, _PANEL // 2, self._inputs).permute(2, 1, 0)
+            pairs[panel] = part.view(2, _PANEL // 2, self.inputs).permute(2, 1, 0)
         self._pairs = pairs
         self._bias = torch.zeros(panels * _PANEL)
         if bias is not None:
-            self._bias[: self._outputs] = bias
+            self._bias[: self.outputs] = bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer holds."""
+        return self._pairs.nbytes + self._bias.nbytes
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """The weights of some outputs, int64 [n], as they were given: float32 [n, inputs]."""
+        panel, place = outputs // _PANEL, outputs % _PANEL
+        half = _PANEL // 2
+        return self._pairs[panel, :, place % half, place // half].float()
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """float32 [..., inputs] -> [..., outputs]."""
         table = inputs.contiguous()
-        rows = table.numel() // self._inputs
-        out = memory.empty((*table.shape[:-1], self._outputs), torch.float32)
-        native.linear(rows, self._inputs, self._outputs, self._pairs, self._bias, table, out)
+        rows = table.numel() // self.inputs
+        out = memory.empty((*table.shape[:-1], self.outputs), torch.float32)
+        native.linear(rows, self.inputs, self.outputs, self._pairs, self._bias, table, out)
         return out

@@ -34,46 +34,76 @@ _ROUNDING = 2.0**-23
 """Relative error of a weight matrix that disappears in the rounding of a float32 product."""
 
 
-class CpuLinear(nn.Module):
-    """A float32 `nn.Linear` with its weight packed for few rows.
+class PackedLinear(nn.Module):
+    """A float32 `nn.Linear` whose weight bfloat16 keeps: that is all that is held of it, 2 bytes a weight.
 
-    The original parameters stay, shared with the embedding where they are tied. A packing takes 2 bytes per weight;
-    products of torch for several rows are summed in parts of at most `chain` inputs, which may need a second one.
     `outputs`: int64 [out features], the order in which the layer is to have its outputs.
     """
 
-    def __init__(
-        self, linear: nn.Linear, threads: int, chain: int | None = _CHAIN, outputs: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, linear: nn.Linear, outputs: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self._outputs = outputs
-        weight = linear.weight.detach()
-        bias = None if linear.bias is None else linear.bias.detach()
-        if outputs is not None:
-            weight, bias = weight[outputs], None if bias is None else bias[outputs]
-        self._any_rows = self._one_row = self._few_rows = None
-        if threads == 1 and native.library() is not None and holds_in_bfloat16(weight):
-            self._any_rows = Bfloat16Linear(weight, bias)
-        else:
-            self._one_row, self._few_rows = _products(weight, bias, chain)
+        weight, bias = _in_order(linear, outputs)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.product = Bfloat16Linear(weight, bias)
+        # Where each output of the linear layer is among those of this one.
+        self._places = None if outputs is None else torch.argsort(outputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer holds."""
+        return self.product.nbytes
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the linear layer, float32 [out features, in features], made anew at every call."""
+        return self.rows(torch.arange(self.out_features))
+
+    def rows(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The weights of some outputs of the linear layer, int64 [n]: float32 [n, in features]."""
+        return self.product.rows(outputs if self._places is None else self._places[outputs])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in features] -> [..., out features]."""
-        product = self._any_rows or self._for_rows(inputs.numel() // inputs.shape[-1])
+        return self.product(inputs)
+
+
+class CpuLinear(nn.Module):
+    """A float32 `nn.Linear` with its weight packed for few rows, for the products of torch.
+
+    The original parameters stay, shared with the embedding where they are tied. A packing takes 2 bytes per weight;
+    products of several rows are summed in parts of at most `chain` inputs, which may need a second one.
+    `outputs`: int64 [out features], the order in which the layer is to have its outputs.
+    """
+
+    def __init__(self, linear: nn.Linear, chain: int | None = _CHAIN, outputs: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._outputs = outputs
+        self._one_row, self._few_rows = _products(*_in_order(linear, outputs), chain)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., in features] -> [..., out features]."""
+        rows = inputs.numel() // inputs.shape[-1]
+        product = self._one_row if rows == 1 else self._few_rows if 1 < rows <= _FEW_ROWS else None
         if product is None:
             found = F.linear(inputs, self.weight, self.bias)
             return found if self._outputs is None else found[..., self._outputs]
         return product(inputs)
 
-    def _for_rows(self, rows: int) -> Product | None:
-        return self._one_row if rows == 1 else self._few_rows if 1 < rows <= _FEW_ROWS else None
+
+def packed_linear(
+    linear: nn.Linear, threads: int, chain: int | None = _CHAIN, outputs: torch.Tensor | None = None
+) -> PackedLinear | CpuLinear:
+    """`linear`, float32, as the fastest layer that computes the same with so many threads."""
+    if threads == 1 and native.library() is not None and holds_in_bfloat16(linear.weight.detach()):
+        return PackedLinear(linear, outputs)
+    return CpuLinear(linear, chain, outputs)
 
 
 def pack_linears(
     model: nn.Module, threads: int, head: nn.Module | None = None, outputs: torch.Tensor | None = None
 ) -> None:
-    """Replace every float32 `nn.Linear` of `model` by a `CpuLinear`.
+    """Replace every float32 `nn.Linear` of `model` by what `packed_linear` makes of it.
 
     What `head`, the last layer, rounds is not amplified by layers behind it: one chain is enough there. `outputs`: the
     order in which the head is to have its outputs.
@@ -81,8 +111,16 @@ def pack_linears(
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.weight.dtype == torch.float32:
-                packed = CpuLinear(child, threads, None, outputs) if child is head else CpuLinear(child, threads)
-                setattr(module, name, packed)
+                own = (None, outputs) if child is head else ()
+                setattr(module, name, packed_linear(child, threads, *own))
+
+
+def _in_order(linear: nn.Linear, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight = linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
+    if outputs is None:
+        return weight, bias
+    return weight[outputs], None if bias is None else bias[outputs]
 
 
 def holds_in_half_precision(weight: torch.Tensor) -> bool:

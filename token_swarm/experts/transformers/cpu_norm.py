@@ -21,11 +21,12 @@ class CpuRmsNorm(nn.Module):
 
     def __init__(self, gain: torch.Tensor, epsilon: float) -> None:
         super().__init__()
-        self._gain, self._epsilon = gain.contiguous(), epsilon
+        # A parameter: models ask the first one that they have for their dtype and device.
+        self.weight, self._epsilon = nn.Parameter(gain.contiguous(), requires_grad=False), epsilon
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [..., width], normalised."""
-        return native.rms_norm(hidden, self._gain, self._epsilon)
+        return native.rms_norm(hidden, self.weight, self._epsilon)
 
 
 def pack_norms(model: nn.Module) -> None:

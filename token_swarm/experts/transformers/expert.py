@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from token_swarm import memory
 from token_swarm.experts.contract import (
     Close,
     ExpertSpec,
@@ -29,7 +30,7 @@ from token_swarm.experts.transformers.check import CONTEXT, SEQUENCES, NotFinite
 from token_swarm.experts.transformers.loading import load
 from token_swarm.experts.transformers.logic_check import check_logic
 from token_swarm.experts.transformers.packed_attention import Run
-from token_swarm.experts.transformers.packed_model import pack, packed_forward
+from token_swarm.experts.transformers.packed_model import pack, packed_forward, weight_bytes
 from token_swarm.experts.transformers.slot_cache import SlotCache
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class TransformersExpert(PlannedExpert):
             plain[cudnn] = PlainForward(self._model, self._spec, self._numbering, self._prompts)
         columns = torch.from_numpy(self._numbering.columns).to(self._device)
         in_order = pack(self._model, columns)
+        self._weight_bytes = weight_bytes(self._model)
         # What is not packed stays as it is in memory: its rows are put in order one by one.
         self._columns = None if in_order else columns
         try:
@@ -117,6 +119,12 @@ class TransformersExpert(PlannedExpert):
         except (TypeError, RuntimeError, LookupError) as error:
             message = f"model: {self._spec.architecture} cannot be served in packed batches: {error}"
             raise ExpertLoadError(message) from error
+        memory.trim()
+        logger.info(
+            "expert %s: %s, weights %.0f MB, KV %.0f KB a token (%d sequences of %d tokens), process %.0f MB",
+            name, str(self._spec.dtype).removeprefix("torch."), self._weight_bytes / 1e6,
+            self._cache.nbytes_per_token / 1e3, max_sequences, context, memory.resident_bytes() / 1e6,
+        )  # fmt: skip
 
     def _check(self, plain: Mapping[bool, PlainForward]) -> None:
         """Compare with plain forwards, by whether cuDNN's attention may be used; the first that agree decide."""
@@ -133,8 +141,13 @@ class TransformersExpert(PlannedExpert):
 
     def stats(self) -> ExpertStats:
         """See `Expert.stats`."""
-        capacity = self._spec.max_sequences * self._spec.max_context
-        return ExpertStats(len(self._lengths), sum(self._lengths.values()), capacity)
+        capacity, tokens = self._spec.max_sequences * self._spec.max_context, sum(self._lengths.values())
+        held = {
+            "weight_bytes": self._weight_bytes,
+            "kv_bytes": tokens * self._cache.nbytes_per_token,
+            "resident_bytes": memory.resident_bytes(),
+        }
+        return ExpertStats(len(self._lengths), tokens, capacity, held)
 
     def close(self) -> None:
         """Free the model and every sequence."""

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from token_swarm import memory
 from token_swarm.experts.transformers.packed_attention import ACTIVE
+
+_WARM = 2
+"""Free slots that keep their memory: side branches of a text open and close a sequence every few tokens."""
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """Keys and values of up to `slots` sequences of up to `context` tokens each.
 
     A layer's buffers are [slots, KV heads, context, head dim], allocated at its first update, when the shapes
-    are known. Memory that no token was written to is never touched. The cache does not know lengths: a
+    are known. Memory that no token was written to is never touched, and on a CPU slots that are free give theirs back,
+    but for the few that are taken next. The cache does not know lengths: a
     rollback is a shorter length in the caller's books, and what lies behind it is overwritten later.
     """
 
@@ -24,14 +29,27 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._shape = (slots, context)
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._free = list(range(slots))
+        # Free slots whose memory was touched.
+        self._warm: set[int] = set()
+
+    @property
+    def nbytes_per_token(self) -> int:
+        """Bytes that a position of one sequence takes in all layers; 0 before the first forward."""
+        positions = self._shape[0] * self._shape[1]
+        return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers) // positions
 
     def take(self) -> int:
         """The lowest free slot. Raises IndexError when there is none."""
-        return heapq.heappop(self._free)
+        slot = heapq.heappop(self._free)
+        self._warm.discard(slot)
+        return slot
 
     def release(self, slot: int) -> None:
         """Give a slot back."""
         heapq.heappush(self._free, slot)
+        self._warm.add(slot)
+        while len(self._warm) > _WARM:
+            self._cool(max(self._warm))
 
     @property
     def has_free_slot(self) -> bool:
@@ -41,6 +59,8 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def release_all(self) -> None:
         """Free every slot."""
         self._free = list(range(self._shape[0]))
+        for slot in self._free:
+            self._cool(slot)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to slot `target`."""
@@ -71,6 +91,14 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def get_seq_length(self, _layer_idx: int = 0) -> int:
         """0: positions are always given explicitly, a model must not derive them from the cache."""
         return 0
+
+    def _cool(self, slot: int) -> None:
+        """Give back the memory of a free slot."""
+        self._warm.discard(slot)
+        for buffers in self._buffers.values():
+            for buffer in buffers:
+                if buffer.device.type == "cpu":
+                    memory.give_back_pages(buffer[slot])
 
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:
         slots, context = self._shape
