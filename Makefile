@@ -12,7 +12,7 @@ OWN := token_swarm server tests $(wildcard bench)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types experts data bench-check proto vllm test-vllm genlm clean
+.PHONY: help venv demo test test-processors wheels lint types experts data bench-check proto vllm test-vllm genlm clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard token_swarm/kernels
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; give one: make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
+	@echo "compiling the CPU kernels, about a minute: pip shows nothing meanwhile (-v shows each)"
 	$(PIP) --editable '.[dev]'
 	touch $@
 
@@ -31,6 +32,9 @@ demo: $(STAMP) ## Write a text with two small models as one (fetches them the fi
 
 test: lint types experts ## Lint, check types and protos, run every test with the real experts
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+test-processors: $(STAMP) ## Run what depends on the processor as others would, with their instructions
+	$(BIN)/python -m tests.kernels.processors --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP) ## Lint code and protos
 	$(BIN)/ruff check .

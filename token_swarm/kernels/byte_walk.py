@@ -1,4 +1,4 @@
-"""The byte walk in C++ (csrc/walk.h): groups of heads that move many bytes a call, without Python in between.
+"""The byte walk in C++ (csrc/walk.cpp): groups of heads that move many bytes a call, without Python in between.
 
 Plain arrays go in and out; what they mean is said in `mixing.byte_group`, whose Python version this must equal.
 """

@@ -48,7 +48,9 @@ def describe() -> dict[str, str]:
         warnings.simplefilter("ignore")
         chosen = {"cpu": names[_on_cpu()]}
     if _on_cpu() is native:
-        chosen["cpu"] += f" ({native.instruction_set()})"
+        cap = native.cap()
+        held = f", held down by {native.CAP_VARIABLE}={cap}" if cap else ""
+        chosen["cpu"] += f" ({native.instruction_set()}{held})"
     if torch.cuda.is_available():
         chosen["cuda"] = names.get(_on_cuda(), "Triton")
     return chosen

@@ -1,4 +1,4 @@
-"""Products of a few rows with bfloat16 weights, in C++ (csrc/linear.h): as fast as memory gives the weights.
+"""Products of a few rows with bfloat16 weights, in C++ (csrc/linear.cpp): as fast as memory gives the weights.
 
 Measured on one core with AVX-512, weight [262144, 640], milliseconds for 1 / 4 / 8 / 16 / 32 rows: this 29 / 30 / 37 /
 54 / 99, FBGEMM with float16 weights 34 / 41 / 48 / 85 / 142, `F.linear` with float32 weights at 16 and 32 rows 141 and
@@ -15,7 +15,7 @@ from token_swarm import memory
 from token_swarm.kernels import native
 
 _PANEL = 64
-"""Outputs that lie together, as in csrc/linear.h."""
+"""Outputs that lie together, as in csrc/linear.cpp."""
 _BLOCK = 1024
 """Rows of a weight that are looked at together: they fit a cache, a vocabulary's weight takes seconds otherwise."""
 

@@ -6,7 +6,8 @@ One thread each: experts keep the other cores busy. Tensors are on the CPU; outp
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
+import os
+import sys
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from token_swarm import memory
+from token_swarm.errors import BadParameter
 from token_swarm.kernels.reference import STRIDE
 from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
@@ -28,19 +30,48 @@ _I32, _I64, _F64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 _PTR = ctypes.c_void_p
 
 
+LEVELS = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512"}
+"""Names of the instruction sets, the least first: as CAP_VARIABLE takes them, and as they are shown."""
+CAP_VARIABLE = "TOKEN_SWARM_CPU_LEVEL"
+"""Environment variable: the highest instruction set that the kernels may use. Read when they are first needed."""
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.exists():
-            loaded = ctypes.CDLL(str(path))
-            for name, arguments in _SIGNATURES.items():
-                function = getattr(loaded, name)
-                function.argtypes, function.restype = arguments, None
-            loaded.ts_level.argtypes, loaded.ts_level.restype = [], _I32
-            return loaded
-    return None
+    """The compiled kernels, or None where they were not built.
+
+    Raises BadParameter for a value of CAP_VARIABLE that is not allowed, RuntimeError for a library of other sources.
+    """
+    path = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
+    if not path.exists():
+        return None
+    loaded = ctypes.CDLL(str(path))
+    try:
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, None
+    except AttributeError as error:
+        raise RuntimeError(f"{path}: built from other sources than these, install again: {error}") from None
+    loaded.ts_level.argtypes, loaded.ts_level.restype = [], _I32
+    loaded.ts_force_level(_allowed_level(loaded.ts_level()))
+    return loaded
+
+
+def cap() -> str | None:
+    """What CAP_VARIABLE says, None where it is not set."""
+    return os.environ.get(CAP_VARIABLE) or None
+
+
+def _allowed_level(best: int) -> int:
+    """The level to use on a processor whose best one is `best`."""
+    asked = cap()
+    if asked is None:
+        return best
+    names = list(LEVELS)
+    possible = names[: best + 1]
+    if asked not in possible:
+        raise BadParameter(CAP_VARIABLE, asked, f"one of {', '.join(possible)} on this processor")
+    return names.index(asked)
 
 
 _SIGNATURES: dict[str, list[type]] = {
@@ -61,15 +92,18 @@ _SIGNATURES: dict[str, list[type]] = {
 }  # fmt: skip
 
 
-_LEVELS = ("baseline", "AVX2", "AVX-512")
-
-
 def instruction_set(at_most: str | None = None) -> str:
-    """The instruction set in use; `at_most` one of `baseline`, `AVX2` and `AVX-512` holds it down from now on."""
+    """The instruction set in use; `at_most` one of `baseline`, `AVX2` and `AVX-512` holds it down from now on.
+
+    It never rises above CAP_VARIABLE.
+    """
     loaded = require()
+    shown = list(LEVELS.values())
     if at_most is not None:
-        loaded.ts_force_level(_LEVELS.index(at_most))
-    return _LEVELS[loaded.ts_level()]
+        limits = [shown.index(at_most)] + [list(LEVELS).index(asked) for asked in [cap()] if asked]
+        loaded.ts_force_level(min(limits))
+    level: int = loaded.ts_level()
+    return shown[level]
 
 
 def require() -> ctypes.CDLL:

@@ -18,7 +18,7 @@ from token_swarm.particle import Rule
 
 STRIDE = 8
 """A byte law keeps a sum for every so many tokens: with one for each it would write twice as much. As in
-csrc/masses.h."""
+csrc/masses.cpp."""
 
 
 def mix(

@@ -8,6 +8,7 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 
+from token_swarm import kernels
 from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture, Rule
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
@@ -117,10 +118,11 @@ async def run_coordinator(
 
     SIGHUP reads tokens and particles again. endpoints: gRPC address of each expert's process. reviver: starts those
     that hang or answer nonsense again. `ready` is called with the bound address.
-    Raises BadParameter for settings that the running experts contradict and for an address that cannot be bound,
-    ExpertUnavailable or TransportError when an expert cannot be connected.
+    Raises BadParameter for settings that the running experts or the processor contradict and for an address that cannot
+    be bound, ExpertUnavailable or TransportError when an expert cannot be connected.
     """
     stop, reload = stop_signal(), on_signals(signal.SIGHUP)
+    kernels.describe()  # loads them: a wrong setting of theirs is an error now, not of every request
     engine = await Engine.connect(endpoints, settings, reviver=reviver, observer=observer)
     try:
         server = CoordinatorServer(settings, engine)

@@ -46,7 +46,7 @@ def run_expert(
 
     try:
         expert = _load(name, model, settings)
-    except (ExpertLoadError, MemoryError) as error:
+    except (ExpertLoadError, BadParameter, MemoryError) as error:
         reason = " ".join(str(error).split()) or "out of memory"
         raise ExpertStartError(f"expert {name!r}: {reason}") from error
     try:

@@ -1,15 +1,21 @@
 // Vectors and elementary functions. No intrinsics: GCC and Clang vector extensions, lowered for each target.
+#pragma once
 
 // Helpers must be inlined: a function of its own would pass vectors in memory.
 #define TS_INLINE static inline __attribute__((always_inline))
 #define TS_METHOD inline __attribute__((always_inline))
-
-// TS_LANES: as wide as the target's registers, 8, or 16 with AVX-512. TS_STEPS: the floats that one instruction looks up
-// in a register, 1 where there is none that does or, as in Clang, no portable name for it.
-#ifdef __clang__
-#undef TS_STEPS
-#define TS_STEPS 1
+// A loop worth a call, of which there are many versions: inlined into one function they take several times as long to
+// compile.
+#define TS_APART __attribute__((noinline))
+// The same of a loop so short that the call shows, a twentieth of its time. At the baseline it does not: a vector there
+// takes several registers, which makes the loop longer, and the function four times as slow to compile.
+#if TS_LEVEL == 0
+#define TS_VERSION TS_APART
+#else
+#define TS_VERSION TS_INLINE
 #endif
+
+// Lanes as wide as the registers of the level, 8, or 16 with AVX-512.
 constexpr int LANES = TS_LANES;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
@@ -28,8 +34,25 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NAN_F = std::numeric_limits<float>::quiet_NaN();
 constexpr double INF_D = std::numeric_limits<double>::infinity();
 
+#if TS_LEVEL == 0  // register by register: GCC writes wider ones to memory lane by lane, to read them back
+TS_INLINE Floats splat(float x) {
+    Quads parts[LANES / 4];
+    for (Quads& part : parts) part = x - Quads{};
+    Floats y;
+    std::memcpy(&y, parts, sizeof y);
+    return y;
+}
+TS_INLINE Ints splat(int32_t x) {
+    QuadInts parts[LANES / 4];
+    for (QuadInts& part : parts) part = x - QuadInts{};
+    Ints y;
+    std::memcpy(&y, parts, sizeof y);
+    return y;
+}
+#else
 TS_INLINE Floats splat(float x) { return x - Floats{}; }  // minus: -0 + 0 would be 0
 TS_INLINE Ints splat(int32_t x) { return x - Ints{}; }
+#endif
 TS_INLINE Floats as_floats(Ints x) { Floats y; std::memcpy(&y, &x, sizeof y); return y; }
 TS_INLINE Ints as_ints(Floats x) { Ints y; std::memcpy(&y, &x, sizeof y); return y; }
 TS_INLINE Floats load(const float* p) { Floats x; std::memcpy(&x, p, sizeof x); return x; }
@@ -54,7 +77,28 @@ private:
     float* first;
 };
 
-TS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// `choose` of two vectors, register by register. GCC halves sums and products of vectors that are wider than a register,
+// but makes of a comparison of them one jump for every lane.
+template <class F>
+TS_INLINE Floats by_register(Floats a, Floats b, F choose) {
+#if TS_LEVEL == 0
+    Quads x[LANES / 4], y[LANES / 4];
+    std::memcpy(x, &a, sizeof a);
+    std::memcpy(y, &b, sizeof b);
+    for (int k = 0; k < LANES / 4; k++) x[k] = choose(x[k], y[k]);
+    std::memcpy(&a, x, sizeof a);
+    return a;
+#else
+    return choose(a, b);
+#endif
+}
+
+TS_INLINE Floats larger(Floats a, Floats b) {
+    return by_register(a, b, [](auto x, auto y) __attribute__((always_inline)) { return x > y ? x : y; });
+}
+TS_INLINE Floats smaller(Floats a, Floats b) {
+    return by_register(a, b, [](auto x, auto y) __attribute__((always_inline)) { return x < y ? x : y; });
+}
 TS_INLINE HalfFloats half(Floats x, int which) {
     HalfFloats parts[2];
     std::memcpy(parts, &x, sizeof parts);

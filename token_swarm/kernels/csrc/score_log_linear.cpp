@@ -1,4 +1,9 @@
 // Scoring many log-linear particles against a cache of laws in one read of it.
+#include "unit.h"
+
+namespace TS_NAMESPACE {
+#include "logarithm.h"
+#include "sizes.h"
 
 // What does not change from position to position of one particle.
 struct Powers {
@@ -42,7 +47,7 @@ struct Laws {
                 const Floats l = load(from + i);
                 store(to + i, l);
                 most = larger(l, most);
-                least = l < least ? l : least;
+                least = smaller(l, least);
             }
             high[e] = largest(most);
             low[e] = smallest(least);
@@ -77,7 +82,10 @@ struct Joint {
     template <Kind KIND>
     TS_METHOD Floats term(int p, int k, Floats l) const {
         // A symbol that an expert excludes stays out whatever the sign of the weight.
-        if (KIND == SIGNED) return l == splat(-INF) ? l : splat(scale[p][k]) * l;
+        if (KIND == SIGNED)
+            return by_register(l, splat(scale[p][k]) * l, [](auto own, auto term) __attribute__((always_inline)) {
+                return own == -INF ? own : term;
+            });
         return splat(scale[p][k]) * l;
     }
 
@@ -164,7 +172,7 @@ struct Bounds {
 // The sums of particle p, or of it and the next one, relative to bounds.high. Of negative weights the bound would be far
 // off: it is lowered.
 template <int EXPERTS, int PARTICLES>
-TS_INLINE void sum_powers(const Powers* own, const Laws& laws, Bounds& bounds, int64_t p, Floats* sums) {
+TS_VERSION void sum_powers(const Powers* own, const Laws& laws, Bounds& bounds, int64_t p, Floats* sums) {
     const Joint<EXPERTS, PARTICLES> joint(own + p, laws);
     float* offsets = &bounds.high[p];
     if (own[p].negative) joint.sum_signed(laws.width, offsets, sums);
@@ -249,7 +257,7 @@ struct Logs {
 
 // log_probs: float [positions, experts, symbols]; targets: int64 [positions]; weights: double [particles, experts];
 // offsets: int64 [items + 1]; out: double [particles, items]. As reference.score_log_linear.
-inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles, int64_t items, const float* log_probs,
+void score_log_linear(int64_t experts, int64_t symbols, int64_t particles, int64_t items, const float* log_probs,
                              const int64_t* targets, const double* weights, const int64_t* offsets, double* out) {
     if (particles == 0) return;
     const int64_t room = (particles + LANES - 1) / LANES * LANES;  // whole vectors of particles
@@ -292,3 +300,5 @@ inline void score_log_linear(int64_t experts, int64_t symbols, int64_t particles
             out[p * items + item] = excluded[p] ? -INF_D : joint[p] - logs.sums[p] * M_LN2;
     }
 }
+
+}  // namespace TS_NAMESPACE

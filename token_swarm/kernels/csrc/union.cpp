@@ -1,9 +1,13 @@
 // Mixing over the union of vocabularies, gathered segment by segment: within one, the same experts have every token.
+#include "unit.h"
+
+namespace TS_NAMESPACE {
+#include "powers.h"
 
 // ids: int32 [experts, size]; segments: int64 [count, 2] and their experts as bit masks [count]; twins: int32 [n, 3]
 // (expert, union token, id), sorted by union token. allowed[e]: uint8 [width of e], ids that take part.
 // floor: log-probability that stands for "does not have it" under the log-linear rule. out: float [rows, size].
-inline void mix_union(int64_t rows, int64_t experts, const void* const* logits, const int32_t* dtypes,
+void mix_union(int64_t rows, int64_t experts, const void* const* logits, const int32_t* dtypes,
                                    const int64_t* strides, const int64_t* widths, const double* weights,
                                    const double* temperatures, int32_t log_linear, double floor,
                                    const uint8_t* const* allowed, int64_t size, const int32_t* ids, int64_t segments,
@@ -100,3 +104,5 @@ inline void mix_union(int64_t rows, int64_t experts, const void* const* logits, 
         for (int64_t i = 0; i < size; i++) out[i] *= scale;
     }
 }
+
+}  // namespace TS_NAMESPACE

@@ -1,4 +1,8 @@
 // Temperature, min-p, top-k and top-p on rows of probabilities without sorting them, and the choice of a token.
+#include "unit.h"
+
+namespace TS_NAMESPACE {
+#include "powers.h"
 
 constexpr int CANDIDATES = 4096;  // values of one histogram bin that are looked at one by one
 constexpr int BINS = 2048;
@@ -137,7 +141,7 @@ TS_INLINE float largest_of(const float* row, int64_t width) {
 }
 
 // In place on probabilities float [rows, width]; settings [rows]. As reference.shape.
-inline void shape(int64_t rows, int64_t width, float* probabilities, const double* temperature,
+void shape(int64_t rows, int64_t width, float* probabilities, const double* temperature,
                                const int64_t* top_k, const double* top_p, const double* min_p) {
     for (int64_t r = 0; r < rows; r++) {
         float* row = probabilities + r * width;
@@ -164,7 +168,7 @@ inline void shape(int64_t rows, int64_t width, float* probabilities, const doubl
 }
 
 // One token a row. greedy: uint8 [rows]; uniforms: double [rows]; tokens: int64 [rows]; log_probs: double [rows].
-inline void choose(int64_t rows, int64_t width, const float* probabilities, const double* uniforms,
+void choose(int64_t rows, int64_t width, const float* probabilities, const double* uniforms,
                                 const uint8_t* greedy, int64_t* tokens, double* log_probs) {
     std::vector<double> sums;
     for (int64_t r = 0; r < rows; r++) {
@@ -199,3 +203,5 @@ inline void choose(int64_t rows, int64_t width, const float* probabilities, cons
         log_probs[r] = std::log(double(row[chosen]) / sum);
     }
 }
+
+}  // namespace TS_NAMESPACE

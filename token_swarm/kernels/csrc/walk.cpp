@@ -1,5 +1,13 @@
 // The byte walk: heads of several groups moved byte by byte until one of them needs a forward. The algorithm, and the
 // reasons for it, are those of mixing/byte_group.py and mixing/byte_unit.py, which this is tested against.
+#include "unit.h"
+
+#include "kernels.h"
+
+namespace baseline {
+#include "intervals.h"
+#include "sizes.h"
+}  // namespace baseline
 
 struct LawView {
     const void* probabilities;  // [tokens] in byte-sorted order

@@ -1,4 +1,9 @@
 // Scoring many linear particles against a cache of masses in one read of it.
+#include "unit.h"
+
+namespace TS_NAMESPACE {
+#include "logarithm.h"
+#include "sizes.h"
 
 // A product of floats as mantissas and exponents: one logarithm at the end instead of one per factor.
 struct Product {
@@ -65,7 +70,7 @@ struct Scaled {
         auto scale = [&](const float* own, int64_t step, int64_t i) __attribute__((always_inline)) {
             Floats top = load(own);
             for (int64_t e = 1; e < experts; e++) top = larger(load(own + e * step), top);
-            least = top < least ? top : least;
+            least = smaller(top, least);
             // A denormal counts as the least normal number: what is left of it is small, but exact.
             const Ints field = as_ints(larger(top, splat(1.17549435e-38f))) >> 23;
             exponents += field - splat(127);
@@ -120,7 +125,7 @@ struct Relative {
         for (int64_t e = 0; e < (EXPERTS ? EXPERTS : experts); e++) columns[e] = scaled.column(expert[e]);
         Product product = {splat(1.0f), splat(int32_t(0))};
         auto include = [&](Floats x) __attribute__((always_inline)) {
-            least = x < least ? x : least;
+            least = smaller(x, least);
             product.mantissa *= x;
             renormalise(product);
         };
@@ -160,7 +165,7 @@ struct Relative {
 
 // masses: float [experts, positions] with row stride `stride`; weights: double [particles, experts]; offsets: int64
 // [items + 1]; out: double [particles, items]. As reference.score_linear.
-inline void score_linear(int64_t experts, int64_t particles, int64_t items, const float* masses, int64_t stride,
+void score_linear(int64_t experts, int64_t particles, int64_t items, const float* masses, int64_t stride,
                          const double* weights, const int64_t* offsets, double* out) {
     static_assert(DOUBLES % 4 == 0);
     constexpr float SAFE = 7.5e-37f;  // 2^-120: a product above it has all its digits
@@ -216,3 +221,5 @@ inline void score_linear(int64_t experts, int64_t particles, int64_t items, cons
         for (int64_t p = 0; p < particles; p++) out[p * items + item] = sums[p];
     }
 }
+
+}  // namespace TS_NAMESPACE

@@ -1,16 +1,9 @@
 // Token laws in the order of their bytes, with float64 sums from which the mass of any interval of tokens follows.
+#include "unit.h"
 
-constexpr int64_t STRIDE = 8;  // the byte walk keeps a sum for every so many tokens, as kernels/reference.py
-
-TS_INLINE QuadDoubles four(const float* p) {
-    return QuadDoubles{p[0], p[1], p[2], p[3]};  // __builtin_convertvector makes four instructions of what is one
-}
-
-TS_INLINE QuadDoubles four(const double* p) {
-    QuadDoubles x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
+namespace TS_NAMESPACE {
+#include "intervals.h"
+#include "powers.h"
 
 TS_INLINE QuadDoubles masked(QuadDoubles x, const uint64_t* mask) {
     QuadLongs bits, kept;
@@ -19,16 +12,6 @@ TS_INLINE QuadDoubles masked(QuadDoubles x, const uint64_t* mask) {
     bits &= kept;
     std::memcpy(&x, &bits, sizeof x);
     return x;
-}
-
-// Mass of the sorted tokens [low, high), one by one: for intervals whose difference of sums has lost its digits.
-template <class T>
-inline double sum_interval(const T* masses, int64_t low, int64_t high) {
-    QuadDoubles sums = {};
-    for (; low + 4 <= high; low += 4) sums += four(masses + low);
-    double sum = total(sums);
-    for (; low < high; low++) sum += double(masses[low]);
-    return sum;
 }
 
 // Mass of the sorted tokens before one of them.
@@ -47,7 +30,7 @@ TS_INLINE double mass_before(const T* masses, const double* sums, uint64_t token
 // Adds `weight` times the masses of `count` intervals that follow upon one another to out[symbols[i]]. low, high: their
 // sorted tokens; exact_below: a smaller mass is summed itself.
 template <class T>
-inline void add_masses(const T* masses, const double* sums, int64_t tokens, int64_t count, const int32_t* low,
+void add_masses(const T* masses, const double* sums, int64_t tokens, int64_t count, const int32_t* low,
                        const int32_t* high, const uint8_t* symbols, double exact_below, double weight, double* out) {
     if (count == 0) return;
     double below = mass_before(masses, sums, uint64_t(tokens), uint64_t(low[0]));
@@ -64,6 +47,11 @@ inline void add_masses(const T* masses, const double* sums, int64_t tokens, int6
         below = above;
     }
 }
+
+template void add_masses(const float*, const double*, int64_t, int64_t, const int32_t*, const int32_t*, const uint8_t*,
+                         double, double, double*);
+template void add_masses(const double*, const double*, int64_t, int64_t, const int32_t*, const int32_t*, const uint8_t*,
+                         double, double, double*);
 
 // Multiplies masses [count] by a scale, and continues the sums over whole strides of the first `tokens` of them.
 TS_INLINE void scale_masses(float* masses, int64_t count, int64_t tokens, float scale, double& sum, double*& sums) {
@@ -94,7 +82,7 @@ TS_INLINE void scale_masses(float* masses, int64_t count, int64_t tokens, float 
 // Probabilities [rows, width] in byte-sorted order and their sums. order: null where that is the order they have;
 // ordered: float [rows, tokens]; sums: double [rows, tokens / every + 1], what comes before tokens 0, every, 2 * every and
 // so on.
-inline void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t every, const float* probabilities,
+void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t every, const float* probabilities,
                         const int32_t* order, float* ordered, double* sums) {
     for (int64_t r = 0; r < rows; r++) {
         const float* row = probabilities + r * width;
@@ -123,7 +111,7 @@ inline void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t eve
 
 // The powers 2^((x - pivot) * scale - offset) of a row's tokens in `order`, to out: [count]. False for a bad row.
 template <class T>
-TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs& runs, std::vector<float>& offsets,
+TS_APART bool ordered_powers(const Asked& one, const int32_t* order, const Runs& runs, std::vector<float>& offsets,
                               float* out, Normaliser& n) {
     const auto* row = static_cast<const typename T::Element*>(one.row);
     // The order jumps about in the row: it is fetched from first to last beforehand.
@@ -147,7 +135,7 @@ TS_INLINE bool ordered_powers(const Asked& one, const int32_t* order, const Runs
 // `count`), in that order, and the sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride
 // `stride` (elements); temperatures: double [rows]; ordered: float [rows, count]; sums: double
 // [rows, tokens / STRIDE + 1]. A bad row is NaN throughout.
-inline void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const void* logits, int32_t dtype, int64_t stride,
+void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const void* logits, int32_t dtype, int64_t stride,
                            const double* temperatures, const int32_t* order, float* ordered, double* sums) {
     static thread_local std::vector<float> offsets;
     Runs runs;
@@ -168,3 +156,5 @@ inline void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const vo
         }
     }
 }
+
+}  // namespace TS_NAMESPACE

@@ -1,4 +1,9 @@
 // x / sqrt(mean(x^2) + epsilon) * gain, row by row; x and out [rows, width] without gaps.
+#include "unit.h"
+
+namespace TS_NAMESPACE {
+#include "simd.h"
+
 void rms_norm(int64_t rows, int64_t width, const float* x, const float* gain, double epsilon, float* out) {
     for (int64_t row = 0; row < rows; row++, x += width, out += width) {
         Floats squares[4] = {};
@@ -14,3 +19,5 @@ void rms_norm(int64_t rows, int64_t width, const float* x, const float* gain, do
         for (i = 0; i < width; i++) out[i] = x[i] * scale * gain[i];
     }
 }
+
+}  // namespace TS_NAMESPACE

@@ -1,62 +1,9 @@
 // Mixing byte laws of 257 symbols in float64.
+#include "unit.h"
 
-constexpr int SYMBOLS = 257;
-constexpr int ROOM = 264;  // of a law: whole vectors of any width, zeros behind the last symbol
-
-#if TS_STEPS == 16
-// Sixteenths of [1, 2) are looked up in two registers with one instruction; what is left is small enough for a short
-// polynomial (at Chebyshev's nodes).
-template <class V>
-struct Sixteen {
-    V low, high;
-    TS_METHOD V operator[](Longs n) const { return __builtin_shuffle(low, high, n); }
-};
-
-// log2 of positive normal numbers, to 2e-15.
-TS_INLINE Doubles log2_of(Doubles x) {
-    // One through the middle of each sixteenth, and minus the logarithms of that.
-    constexpr Sixteen<Doubles> INVERSES = {
-        {0.9696969696969697, 0.9142857142857143, 0.8648648648648649, 0.8205128205128205, 0.7804878048780488,
-         0.7441860465116279, 0.7111111111111111, 0.6808510638297872},
-        {0.6530612244897959, 0.6274509803921569, 0.6037735849056604, 0.5818181818181818, 0.5614035087719298,
-         0.5423728813559322, 0.5245901639344263, 0.5079365079365079}};
-    constexpr Sixteen<Doubles> LOGS = {
-        {0.044394119358453395, 0.1292830169449665, 0.2094533656289497, 0.28540221886224837, 0.3575520046180836,
-         0.42626475470209796, 0.49185309632967467, 0.5545888516776374},
-        {0.6147098441152083, 0.6724253419714956, 0.7279204545631992, 0.7813597135246597, 0.8328900141647417,
-         0.8826430493618412, 0.9307373375628862, 0.9772799234999165}};
-    const Longs bits = as_longs(x), step = bits >> 48;
-    const Doubles m = as_doubles((bits & 0x000fffffffffffffull) | 0x3ff0000000000000ull), r = m * INVERSES[step] - 1.0;
-    Doubles p = r * 0.20635878589218726 - 0.24074109847558067;
-    p = p * r + 0.2885388882366401;
-    p = p * r - 0.3606736252921298;
-    p = p * r + 0.4808983469768447;
-    p = p * r - 0.7213475204600702;
-    p = p * r + 1.4426950408889634;
-    // In the bits of 1.5 * 2^52 the exponent is a double without an instruction for 64-bit integers.
-    return p * r + (as_doubles((bits >> 52) | 0x4338000000000000ull) - (6755399441055744.0 + 1023.0) + LOGS[step]);
-}
-#else
-// log2 of positive normal numbers, to a few units in the last place.
-TS_INLINE Doubles log2_of(Doubles x) {
-    // The mantissa goes to [sqrt(1/2), sqrt(2)]; 1024 more keeps the exponent positive, for an unsigned shift.
-    Longs bits = as_longs(x);
-    const Longs exponent = (bits - 0x3fe6a09e667f3bcdull + (1024ull << 52)) >> 52;
-    const Doubles m = as_doubles(bits - ((exponent - 1024) << 52));
-    // A division in float and one step of Newton's: 48 bits in a fifth of the time of one in double.
-    const HalfFloats rough = 1.0f / __builtin_convertvector(m + 1.0, HalfFloats);
-    const Doubles estimate = widened(rough), t = (m - 1.0) * (estimate * (2.0 - (m + 1.0) * estimate)), s = t * t;
-    // log2((1 + t) / (1 - t)) / t, to 2e-16 (at Chebyshev's nodes).
-    Doubles p = s * 0.24293824606326322 + 0.26144245557136553;
-    p = p * s + 0.3206164421244846;
-    p = p * s + 0.4121984013068434;
-    p = p * s + 0.5770780172508729;
-    p = p * s + 0.9617966939243245;
-    p = p * s + 2.885390081777927;
-    // In the bits of 1.5 * 2^52 it is a double without an instruction for 64-bit integers.
-    return (as_doubles(exponent + 0x4338000000000000ull) - (6755399441055744.0 + 1024.0)) + p * t;
-}
-#endif
+namespace TS_NAMESPACE {
+#include "logarithm.h"
+#include "sizes.h"
 
 // 2^x for x <= 1023; 0 below -1000.
 #if TS_STEPS == 16
@@ -95,7 +42,7 @@ TS_INLINE Doubles exp2_of(Doubles x) {
 }
 #endif
 
-inline double most_of(const double* law) {
+double most_of(const double* law) {
     Doubles most = load(law);
     for (int s = DOUBLES; s < ROOM; s += DOUBLES) {
         const Doubles x = load(law + s);
@@ -107,7 +54,7 @@ inline double most_of(const double* law) {
 }
 
 // Scales a law to add up to 1; zeros stay zeros.
-inline void scale_law(double* law) {
+void scale_law(double* law) {
     Doubles even = {}, odd = {};  // one would wait for every addition
     int s = 0;
     for (; s + 2 * DOUBLES <= ROOM; s += 2 * DOUBLES) {
@@ -121,17 +68,17 @@ inline void scale_law(double* law) {
     for (s = 0; s < ROOM; s += DOUBLES) store(law + s, load(law + s) * inverse);
 }
 
-inline void set_law(double* law, double weight, const double* other) {
+void set_law(double* law, double weight, const double* other) {
     for (int s = 0; s < ROOM; s += DOUBLES) store(law + s, weight * load(other + s));
 }
 
-inline void add_law(double* law, double weight, const double* other) {
+void add_law(double* law, double weight, const double* other) {
     for (int s = 0; s < ROOM; s += DOUBLES) store(law + s, load(law + s) + weight * load(other + s));
 }
 
 // laws: [groups] pointers to laws; out: a law, scaled to add up to 1, or zeros when nothing is possible.
 // linear: sum_g W_g P_g; log-linear: proportional to prod_g P_g^W_g, without symbols that some group excludes.
-inline void mix_bytes(int64_t groups, const double* const* laws, const double* weights, int32_t log_linear, double* out) {
+void mix_bytes(int64_t groups, const double* const* laws, const double* weights, int32_t log_linear, double* out) {
     if (!log_linear) {
         set_law(out, weights[0], laws[0]);
         for (int64_t g = 1; g < groups; g++) add_law(out, weights[g], laws[g]);
@@ -152,3 +99,5 @@ inline void mix_bytes(int64_t groups, const double* const* laws, const double* w
     for (int s = 0; s < ROOM; s += DOUBLES) store(out + s, exp2_of(load(out + s) - top));
     scale_law(out);
 }
+
+}  // namespace TS_NAMESPACE

@@ -3,6 +3,10 @@
 // The weights lie in panels of 64 outputs, [panel][input][32] pairs: the lower half of a pair is the weight of one of the
 // first 32 outputs, the upper half that of the output 32 further on, so that a shift and a mask make floats of them. Every
 // step of the inner loop reads the next two lines of memory. A row is summed in the same order whatever other rows there are, in chains of at most CHAIN terms.
+#include "unit.h"
+
+namespace TS_NAMESPACE {
+#include "simd.h"
 
 constexpr int64_t PANEL = 64, PAIRS = PANEL / 2, CHAIN = 256;
 // Sums that fit the registers beside a weight and an input.
@@ -107,3 +111,5 @@ void linear(int64_t rows, int64_t inner, int64_t outputs, const uint32_t* weight
         }
     }
 }
+
+}  // namespace TS_NAMESPACE

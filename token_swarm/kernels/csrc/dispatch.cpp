@@ -1,105 +1,36 @@
-// The CPU kernels: one translation unit, C functions, no Python and no intrinsics. See kernels/native.py for the calls.
+// The CPU kernels: C functions, no Python and no intrinsics. See kernels/native.py for the calls.
 //
-// The same source is compiled once for each instruction set, each in a namespace of its own, and the best one that the
-// processor has is chosen at the first call. (target_clones would not do: GCC lowers vectors to the baseline's width
-// inside helper functions before it inlines them into a clone.)
+// Every kernel is compiled once for each instruction set (unit.h); the best one that the processor has is in use.
+#include "kernels.h"
+
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <utility>
-#include <vector>
-
-#define TS_API extern "C" __attribute__((visibility("default")))
-
-#define TS_LANES 8
-#define TS_STEPS 1
-#define TS_NAMESPACE baseline
-#include "targets.inc"
-#undef TS_NAMESPACE
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define TS_X86 1
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt")
-#endif
-#undef TS_STEPS
-#define TS_STEPS 8
-#define TS_NAMESPACE avx2
-#include "targets.inc"
-#undef TS_NAMESPACE
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
-#endif
-#undef TS_LANES
-#undef TS_STEPS
-#define TS_LANES 16
-#define TS_STEPS 16
-#define TS_NAMESPACE avx512
-#include "targets.inc"
-#undef TS_NAMESPACE
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
 
 namespace {
 
-enum Level { BASELINE, AVX2, AVX512 };
-
-Level level() {
-    static const Level best = [] {
+Level best_level() {
 #ifdef TS_X86
-        __builtin_cpu_init();
-        const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-        if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            return AVX512;
-        if (wide) return AVX2;
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return AVX512;
+    if (wide) return AVX2;
 #endif
-        return BASELINE;
-    }();
-    return best;
-}
-
-// The functions of one name, by level; a caller may ask for a lower level than the processor's (tests do).
-int forced = -1;
-
-template <class F>
-F* pick(F* plain, [[maybe_unused]] F* wide, [[maybe_unused]] F* widest) {
-#ifdef TS_X86
-    const int use = forced >= 0 ? std::min(forced, int(level())) : int(level());
-    if (use == AVX512) return widest;
-    if (use == AVX2) return wide;
-#endif
-    return plain;
+    return BASELINE;
 }
 
 }  // namespace
 
-#ifdef TS_X86
-#define TS_PICK(name) pick(baseline::name, avx2::name, avx512::name)
-#else
-#define TS_PICK(name) pick(baseline::name, baseline::name, baseline::name)
-#endif
+int32_t level_in_use = best_level();
 
 // The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.
-TS_API int32_t ts_level() { return forced >= 0 ? std::min(forced, int(level())) : int(level()); }
+TS_API int32_t ts_level() { return level_in_use; }
 
 // Use at most this level from now on; -1 for the best.
-TS_API void ts_force_level(int32_t most) { forced = most; }
+TS_API void ts_force_level(int32_t most) {
+    const int32_t best = best_level();
+    level_in_use = most < 0 ? best : std::min(most, best);
+}
 
 TS_API void ts_mix(int64_t rows, int64_t width, int64_t experts, const void* const* logits, const int32_t* dtypes,
                    const int64_t* strides, const double* weights, const double* temperatures, int32_t log_linear,
@@ -155,5 +86,3 @@ TS_API void ts_linear(int64_t rows, int64_t inner, int64_t outputs, const uint32
 TS_API void ts_rms_norm(int64_t rows, int64_t width, const float* x, const float* gain, double epsilon, float* out) {
     TS_PICK(rms_norm)(rows, width, x, gain, epsilon, out);
 }
-
-#include "walk.h"
