@@ -8,7 +8,7 @@ VLLM_VENV ?= .venv-vllm
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
-OWN := token_swarm server tests $(wildcard bench)
+OWN := token_swarm server clients tests $(wildcard bench)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -41,7 +41,7 @@ lint: $(STAMP) ## Lint code and protos
 	$(BIN)/buf lint
 
 types: $(STAMP) ## Check types
-	$(BIN)/mypy token_swarm server
+	$(BIN)/mypy token_swarm server clients/python
 
 experts: $(STAMP) ## Fetch and convert the demo experts
 	@$(BIN)/python -c 'from pathlib import Path; from rich.console import Console; \
@@ -57,10 +57,14 @@ bench-check: $(STAMP) experts ## Compare this checkout's speed ratios with bench
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench check
 
 # An older protoc than the one we run with: generated code demands at least the runtime it was made by.
-proto: $(STAMP) .venv-proto/.installed ## Generate token_swarm/v1 from protos/
+proto: $(STAMP) .venv-proto/.installed ## Generate token_swarm/v1 and the client's copy from protos/
 	.venv-proto/bin/python -m grpc_tools.protoc --proto_path=protos \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/token_swarm/v1/*.proto
+	@for name in swarm_pb2.py swarm_pb2.pyi swarm_pb2_grpc.py swarm_pb2_grpc.pyi; do \
+		sed -e 's/^from token_swarm\.v1 import/from token_swarm_client._v1 import/' \
+			-e "s/'token_swarm\.v1\.swarm_pb2'/'token_swarm_client._v1.swarm_pb2'/" \
+			"token_swarm/v1/$$name" > "clients/python/token_swarm_client/_v1/$$name"; done
 
 .venv-proto/.installed:
 	$(PYTHON) -m venv .venv-proto
