@@ -8,8 +8,8 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 
-from token_swarm import kernels
 from token_swarm.errors import BadParameter
+from token_swarm.kernels import native
 from token_swarm.particle import Mixture, Rule
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.config.settings import PUBLIC_MESSAGE_BYTES, Settings
@@ -122,7 +122,7 @@ async def run_coordinator(
     be bound, ExpertUnavailable or TransportError when an expert cannot be connected.
     """
     stop, reload = stop_signal(), on_signals(signal.SIGHUP)
-    kernels.describe()  # loads them: a wrong setting of theirs is an error now, not of every request
+    native.library()  # loads them: a wrong setting of theirs is an error now, not of every request
     engine = await Engine.connect(endpoints, settings, reviver=reviver, observer=observer)
     try:
         server = CoordinatorServer(settings, engine)
