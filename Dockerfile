@@ -23,6 +23,7 @@ RUN pip install --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" 
 # Extras of pyproject.toml, comma-separated; `demo` converts the demo experts, other models need none.
 ARG EXTRAS=demo
 COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
+COPY examples ./examples
 COPY server ./server
 COPY token_swarm ./token_swarm
 RUN pip install --constraint constraints.txt ".${EXTRAS:+[${EXTRAS}]}"
@@ -37,7 +38,7 @@ FROM python:${PYTHON_VERSION}-slim-bookworm
 RUN groupadd --gid 10001 token-swarm \
     && useradd --uid 10001 --gid 10001 --home-dir /var/lib/token-swarm --create-home --shell /usr/sbin/nologin token-swarm
 COPY --from=build /opt/token-swarm /opt/token-swarm
-COPY examples/particles /etc/token-swarm/particles
+COPY deploy/particles /etc/token-swarm/particles
 # HOME holds .cache (converted models, vocabularies, logs) and what the Hugging Face hub hands out.
 ENV PATH=/opt/token-swarm/bin:$PATH HOME=/var/lib/token-swarm PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001

@@ -3,11 +3,13 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
 VLLM_VENV ?= .venv-vllm
 # A name on the PATH may be a shim that fails when it is run, or a Python without venv.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
+DEMO_PAIR := smollm2 qwen2.5-coder
 OWN := token_swarm server clients tests $(wildcard bench)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
@@ -17,18 +19,32 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
+BUILD := pyproject.toml constraints.txt setup.py $(wildcard token_swarm/kernels/csrc/*)
+
 venv: $(STAMP) ## Make the virtual environment with everything in it
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard token_swarm/kernels/csrc/*)
+$(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; give one: make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BUILD) | $(BIN)/python
 	$(PIP) torch
 	@echo "compiling the CPU kernels, about a minute: pip shows nothing meanwhile (-v shows each)"
 	$(PIP) --editable '.[dev]'
-	touch $@
+	touch $@ $(DEMO_STAMP)
 
-demo: $(STAMP) ## Write a text with two small models as one (fetches them the first time)
-	$(BIN)/token-swarm demo
+demo: $(DEMO_STAMP) ## Two small models alone and as one (fetches them the first time)
+	@$(BIN)/token-swarm demo
+
+# What the demo needs and no more. The models are fetched and converted while pip installs the rest: that takes numpy,
+# gguf and tokenizers, and the checkout as it is.
+$(DEMO_STAMP): $(BUILD) | $(BIN)/python
+	$(PIP) --quiet gguf numpy rich tokenizers
+	@echo "installing PyTorch and the server while the models are fetched and converted"
+	@{ $(PIP) --quiet torch && $(PIP) --quiet --editable '.[demo]'; } & installing=$$!; \
+	PYTHONPATH=.:server $(BIN)/python -m token_swarm_server.assets.demo_experts --cache .cache $(DEMO_PAIR); made=$$?; \
+	wait $$installing && exit $$made
+	touch $@
 
 test: lint types experts ## Lint, check types and protos, run every test with the real experts
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -44,14 +60,10 @@ types: $(STAMP) ## Check types
 	$(BIN)/mypy token_swarm server clients/python
 
 experts: $(STAMP) ## Fetch and convert the demo experts
-	@$(BIN)/python -c 'from pathlib import Path; from rich.console import Console; \
-	from token_swarm_server.assets.demo_experts import ensure_demo_experts; \
-	ensure_demo_experts(Path(".cache"), console=Console())'
+	@$(BIN)/python -m token_swarm_server.assets.demo_experts --cache .cache
 
 data: $(STAMP) ## Fetch and convert the evaluation data
-	@$(BIN)/python -c 'from pathlib import Path; from rich.console import Console; \
-	from token_swarm_server.assets.search_data import ensure_search_data; \
-	ensure_search_data(Path(".cache"), console=Console(), texts=[Path("tests/data/prose.txt"), Path("tests/data/dialogue.txt")])'
+	@$(BIN)/token-swarm data --cache .cache --text tests/data/prose.txt --text tests/data/dialogue.txt
 
 bench-check: $(STAMP) experts ## Compare this checkout's speed ratios with bench/baseline.json
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench check

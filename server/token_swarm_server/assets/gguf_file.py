@@ -43,7 +43,7 @@ class Tensor:
     def stored_bytes(self) -> int:
         """Bytes in the file."""
         block_size, block_bytes = GGML_QUANT_SIZES[self.kind]
-        return self.size // block_size * block_bytes
+        return int(self.size // block_size * block_bytes)
 
 
 class GgufFile:

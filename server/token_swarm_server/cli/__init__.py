@@ -11,9 +11,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import typer
 
 from token_swarm_server.cli.bench import bench
+from token_swarm_server.cli.data import data
 from token_swarm_server.cli.demo import demo
 from token_swarm_server.cli.doctor import doctor
 from token_swarm_server.cli.errors import Group
+from token_swarm_server.cli.examples import examples
 from token_swarm_server.cli.expert import expert
 from token_swarm_server.cli.generate import generate
 from token_swarm_server.cli.health import health
@@ -33,7 +35,7 @@ app = typer.Typer(
     help="Several language models as one: mixes their next-token distributions, whatever the tokenizers.\n\n"
     "Start with `token-swarm demo`. Every command has --help with an example.",
 )
-for command in (demo, serve, generate, score, search, expert, health, top, doctor):
+for command in (demo, serve, generate, score, search, data, examples, expert, health, top, doctor):
     app.command()(command)
 app.add_typer(particles, name="particles")
 app.add_typer(tokens, name="tokens")

@@ -83,8 +83,7 @@ def explain(error: grpc.aio.AioRpcError, address: str, credentials: Credentials 
         if (reason := _handshake(message, tls=credentials.tls is not None)) is not None:
             return CliError(f"the server at {address} cannot be talked to: {reason}", BAD_INPUT)
         return CliError(
-            f"no server answers at {address}; start one with "
-            "`token-swarm serve --config examples/demo.yaml`, or give --config to this command",
+            f"no server answers at {address}; start one with `token-swarm serve`, or give --config to this command",
             FAILURE,
         )
     if code is grpc.StatusCode.UNAUTHENTICATED:

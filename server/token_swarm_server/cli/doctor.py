@@ -7,19 +7,18 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from token_swarm_server.cli import options
 from token_swarm_server.config.cores import available_cores
+from token_swarm_server.config.places import default_cache
 
-_PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy", "gguf", "accelerate")
+_PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy", "gguf")
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 def doctor(
-    cache: Annotated[Path, typer.Option(help="Where models are kept.")] = Path(".cache"),
+    cache: options.Cache = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what this machine offers.
@@ -36,7 +35,8 @@ def doctor(
         **_processor(),
         "kernels": _kernels(),
         "shared memory": _shared_memory(),
-        **_demo_experts(cache),
+        "cache": str(cache or default_cache()),
+        **_demo_experts(cache or default_cache()),
     }
     if as_json:
         print(json.dumps(findings))
@@ -83,11 +83,12 @@ def _shared_memory() -> str:
 
 
 def _demo_experts(cache: Path) -> dict[str, str]:
-    from token_swarm_server.assets.demo_experts import DEMO_EXPERTS, STAMP
+    from token_swarm_server.assets.demo_experts import STAMP
+    from token_swarm_server.assets.demo_table import DEMO_EXPERTS
 
     return {
         f"demo:{expert.name}": str(cache / "experts" / expert.name)
         if (cache / "experts" / expert.name / STAMP).exists()
-        else "not fetched yet: token-swarm demo"
+        else "not fetched yet; whatever names it fetches it"
         for expert in DEMO_EXPERTS
     }

@@ -10,14 +10,15 @@ import typer
 from pydantic import ValidationError
 
 from token_swarm.experts.vllm.options import check_options, parse_options
-from token_swarm_server.cli import session
+from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import CliError
+from token_swarm_server.config.places import default_cache
 from token_swarm_server.config.settings import EXPERT_NAME, ExpertSettings, ServerTls, Settings
 
 
 def expert(
     name: Annotated[str, typer.Argument(help="What weights call the expert.")],
-    model: Annotated[str, typer.Option(help="Directory, Hugging Face id, demo:smollm2 or demo:gemma3.")],
+    model: Annotated[str, typer.Option(help="Directory, Hugging Face id, or demo:NAME.")],
     address: Annotated[str, typer.Option(help="Where to listen: host:port or unix:/path.")] = "127.0.0.1:50071",
     backend: Annotated[str, typer.Option(help="What runs the model: transformers or vllm.")] = "transformers",
     engine: Annotated[
@@ -29,7 +30,7 @@ def expert(
     threads: Annotated[int | None, typer.Option(help="Threads of the model; default: torch's choice.")] = None,
     max_sequences: Annotated[int, typer.Option(help="Sequences in the KV cache.")] = 16,
     max_context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
-    cache: Annotated[Path, typer.Option(help="Where demo experts are kept.")] = Path(".cache"),
+    cache: options.Cache = None,
     tls_certificate: Annotated[
         Path | None, typer.Option(help="Encrypt; the certificate to show to coordinators.", metavar="PEM")
     ] = None,
@@ -66,9 +67,9 @@ def expert(
     if not re.fullmatch(EXPERT_NAME, name):
         raise CliError(f"NAME: {name!r} is not a valid expert name; it must match {EXPERT_NAME}")
     try:
-        options = parse_options(engine or [])
-        check_options(options)
-        if options and backend != "vllm":
+        arguments = parse_options(engine or [])
+        check_options(arguments)
+        if arguments and backend != "vllm":
             raise ValueError(f"engine: is for the vllm backend; --backend is {backend}")
     except ValueError as error:
         raise CliError(f"--{error}") from error
@@ -77,7 +78,7 @@ def expert(
             {
                 "model": model,
                 "backend": backend,
-                "engine": options,
+                "engine": arguments,
                 "device": device,
                 "dtype": dtype,
                 "threads": threads,
@@ -95,7 +96,8 @@ def expert(
     access = Access(tls, allow_insecure=allow_insecure, tls_prefix="--tls-")
     access.require_usable(address, "--address")
     console = session.stderr_console()
-    models = session.ready_models(Settings.model_construct(experts={name: settings}, cache=cache), console)
+    alone = Settings.model_construct(experts={name: settings}, cache=cache or default_cache())
+    models = session.ready_models(alone, console)
 
     def ready(bound: str) -> None:
         console.print(f"expert {name} is ready on {bound}", markup=False, highlight=False)

@@ -57,6 +57,14 @@ DraftTokens = Annotated[
     typer.Option(help="Most tokens to compute ahead of the text; it stays the same.", min=0, max=MOST_DRAFT_TOKENS),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Render the prompt as the user's turn of a chat.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where models are kept.  [default: .cache of a checkout, else ~/.cache/token-swarm]",
+        envvar=f"{ENV_PREFIX}CACHE",
+        metavar="FOLDER",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 # Never a flag with the token itself: every user of the machine sees the flags of every process.
 TokenFile = Annotated[

@@ -14,6 +14,7 @@ from token_swarm.errors import BadParameter
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import FAILURE, INTERRUPTED, CliError
 from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.places import default_cache
 
 if TYPE_CHECKING:
     from token_swarm.particle import Rule
@@ -95,14 +96,15 @@ def search(
     \b
     Examples:
       token-swarm search --config examples/demo.yaml --out runs/code \\
-        --utility loglikelihood --data .cache/data/code.jsonl --reference model-swarms --reference cma
+        --utility loglikelihood --data "$(token-swarm data code)" --reference model-swarms --reference cma
       token-swarm search --config examples/demo.yaml --out runs/hellaswag --rule linear \\
-        --utility multiple-choice --data .cache/data/hellaswag.jsonl
+        --utility multiple-choice --data "$(token-swarm data hellaswag)"
       token-swarm search --config examples/demo.yaml --out runs/gsm8k --race 25,50,100 \\
-        --utility exact-match --data .cache/data/gsm8k.jsonl --extract number
+        --utility exact-match --data "$(token-swarm data gsm8k)" --extract number
       token-swarm search --address 127.0.0.1:50061 --workers 4 --out runs/helpful \\
         --utility judge --data prompts.jsonl --judge http://127.0.0.1:8000/v1 --judge-model judge
       token-swarm particles compare runs/code/particle.json runs/hellaswag/particle.json
+    `token-swarm examples` writes examples/.
     """
     with _told():
         from token_swarm.particle import Rule
@@ -261,7 +263,7 @@ def _remote(
 
     require_private_token(address, credentials)
     server = RemoteEnsemble(address, tls=credentials.tls, token=credentials.token)
-    return RemoteExperts(server, Path(".cache").absolute(), concurrency), tuple(server.keys()), Rule.LOG_LINEAR
+    return RemoteExperts(server, default_cache(), concurrency), tuple(server.keys()), Rule.LOG_LINEAR
 
 
 def _run(

@@ -12,6 +12,7 @@ import typer
 from token_swarm_server.cli import session
 from token_swarm_server.cli.errors import CliError
 from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.places import DEMO_CONFIG
 from token_swarm_server.config.settings import Settings
 from token_swarm_server.telemetry import logs
 from token_swarm_server.telemetry.logs import LogFormat, LogLevel
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def serve(
-    config: Annotated[Path, typer.Option(help="YAML file that names the experts.", metavar="FILE")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file that names the experts; default: the two demo experts.", metavar="FILE"),
+    ] = None,
     listen: Annotated[
         str | None, typer.Option(help="host:port or unix:/path, instead of the file's.")
     ] = None,
@@ -38,15 +42,17 @@ def serve(
 
     \b
     Example:
-      token-swarm serve --config examples/demo.yaml
-      TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve --config examples/demo.yaml
+      token-swarm serve
+      token-swarm serve --config examples/three.yaml
+      TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve
+    `token-swarm examples` writes examples/.
     """
     from token_swarm_server.launch.allocator import give_back_large_blocks
     from token_swarm_server.rpc.host import public_access
 
     give_back_large_blocks()
     given = ({"listen": listen} if listen else {}) | ({"allow_insecure": True} if allow_insecure else {})
-    settings = load_settings(config, **({"coordinator": given} if given else {}))
+    settings = load_settings(config or DEMO_CONFIG, **({"coordinator": given} if given else {}))
     logs.configure(log_format, log_level)
     _require_free(settings.coordinator.listen, "coordinator.listen")
     if settings.coordinator.metrics.listen is not None:

@@ -13,6 +13,7 @@ from token_swarm.experts.vllm.options import check_options, parse_value
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
 from token_swarm_server.config.addresses import parse_listen
+from token_swarm_server.config.places import default_cache
 
 ENV_PREFIX = "TOKEN_SWARM_"
 ENV_DELIMITER = "__"
@@ -114,7 +115,7 @@ class ExpertSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: Annotated[str, Field(min_length=1)] | None = None
-    """Directory or Hugging Face id; `demo:smollm2` and `demo:gemma3` are fetched when missing."""
+    """Directory or Hugging Face id; `demo:smollm2`, `demo:qwen2.5-coder` and `demo:gemma3` are fetched when missing."""
     backend: Literal["transformers", "vllm"] = "transformers"
     engine: dict[str, Annotated[bool | int | float | str, BeforeValidator(_read_text)]] = Field(default_factory=dict)
     """Engine arguments of the vllm backend; docs/vllm.md lists them."""
@@ -239,8 +240,8 @@ class Settings(BaseSettings):
 
     experts: dict[Annotated[str, Field(pattern=f"^{EXPERT_NAME}$")], ExpertSettings] = Field(min_length=1)
     coordinator: CoordinatorSettings = CoordinatorSettings()
-    cache: Path = Path(".cache")
-    """Converted models, vocabularies and logs; relative to the current directory."""
+    cache: Path = Field(default_factory=default_cache)
+    """Converted models, vocabularies and logs; default: `.cache` of a checkout, else of the user's cache directory."""
     pin_cores: bool = False
     """Give every local expert cores of its own where there are enough."""
 
