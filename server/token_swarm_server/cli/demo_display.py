@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from token_swarm_server.cli.demo import Demo
+    from token_swarm_server.cli.demo import Demo, Word
 
 ENSEMBLE = "the ensemble"
 _STYLES = ("cyan", "yellow", "magenta", "green", "blue", "red")
@@ -24,17 +24,19 @@ class _Passage:
 
     def __init__(self, title: Text, styles: dict[str, str]) -> None:
         self.written = Text()
-        self.shown = Group(title, self.written, "")
+        self.shown = Group(title, self.written)
         self._styles = styles
 
     def __call__(self, piece: str) -> None:
         self.written.append(piece)
 
-    def colour(self, carried: Sequence[str | None]) -> None:
-        """Give every character the colour of the expert that carried it."""
-        for at, name in enumerate(carried):
-            if name is not None:
-                self.written.stylize(self._styles[name], at, at + 1)
+    def colour(self, words: Sequence[Word]) -> None:
+        """Give every word the colour of the expert that carried it."""
+        at = 0
+        for word in words:
+            if word.carried is not None:
+                self.written.stylize(self._styles[word.carried], at, at + len(word.text))
+            at += len(word.text)
 
 
 class DemoDisplay:
@@ -46,7 +48,8 @@ class DemoDisplay:
 
     def show_prompt(self, prompt: str, *, chat: bool) -> None:
         """What is asked."""
-        self._console.print(Text.assemble(("question: " if chat else "to continue: ", "bold"), prompt), "")
+        self._console.print(Text.assemble(("question: " if chat else "to continue: ", "bold"), prompt))
+        self._console.print()
 
     @contextmanager
     def text(self, name: str) -> Iterator[_Passage]:
@@ -55,14 +58,16 @@ class DemoDisplay:
         passage = _Passage(title, self._styles)
         with Live(passage.shown, console=self._console, vertical_overflow="visible"):
             yield passage
+        self._console.print()
 
     def show_legend(self) -> None:
         """What the colours of the ensemble's text mean."""
         if self._console.is_terminal and not self._console.no_color:
             colours = [(f"{name} ", style) for name, style in self._styles.items()]
             self._console.print(
-                Text.assemble("Colour: the expert that gave a character at least twice the probability: ", *colours), ""
+                Text.assemble("Colour: the expert that thought the word clearly the more probable: ", *colours)
             )
+            self._console.print()
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
@@ -72,7 +77,7 @@ class DemoDisplay:
 
     def show_table(self, found: Demo) -> None:
         """Share, speed and bits per byte of each expert and of the ensemble."""
-        carried = Counter(name for name in found.carried if name is not None)
+        carried = Counter(word.carried for word in found.words)
         shares = {use.expert: use.share for use in found.ensemble.finish.experts}
         table = Table(box=None, pad_edge=False)
         table.add_column("")
@@ -83,7 +88,7 @@ class DemoDisplay:
                 Text(name, self._styles[name]),
                 f"{found.weights.get(name, 1 / len(found.alone)):g}",
                 f"{shares.get(name, 0):.0%}",
-                f"{carried[name] / max(1, len(found.carried)):.0%}",
+                f"{carried[name] / max(1, len(found.words)):.0%}",
                 f"{alone.ms_per_byte:.0f}",
                 *(f"{bits[name]:.3f}" for bits in found.scores.values()),
             )
@@ -91,6 +96,7 @@ class DemoDisplay:
         table.add_row(Text(ENSEMBLE, "bold"), "", "", "", f"{found.ensemble.ms_per_byte:.0f}", *best)
         self._console.print(table)
         self._console.print(
-            "\nshare: of the probability of what was written; carried: characters that an expert gave at least twice\n"
-            "the probability; bits/byte: lower is better. Go on:  token-swarm serve"
+            "\ncarried: words that the expert thought clearly more probable than the other did.\n"
+            "bits/byte: how well each predicts a text that none has read; lower is better.\n"
+            "Next:  token-swarm serve"
         )

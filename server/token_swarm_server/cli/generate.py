@@ -81,6 +81,7 @@ def generate(
         print_json("".join(pieces), finish)
     else:
         print_summary(finish)
+    options.warn_of_plain_experts(finish.without_chat_template)
 
 
 def write_text(text: str) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -162,6 +163,17 @@ def mixing_fields(weights: str | None, particle: str | None, rule: RuleName | No
     elif rule is not None:
         raise CliError("--rule: give --weights as well, such as --weights smollm2=0.5,gemma3=0.5")
     return fields
+
+
+def warn_of_plain_experts(names: Iterable[str]) -> None:
+    """Say on standard error which experts of a chat have no chat template."""
+    for name in names:
+        # What a server calls an expert could hold a terminal sequence.
+        shown = name if name.isprintable() else repr(name)
+        print(
+            f"warning: {shown} has no chat template and continued the question as text; give --weights without it",
+            file=sys.stderr,
+        )
 
 
 def read_text(option: str, value: str | None, file: Path | None = None) -> str:

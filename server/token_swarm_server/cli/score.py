@@ -61,7 +61,9 @@ def score(
     async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> Any:
         return await stub.Score(request)
 
-    report = _report(session.with_server(address, config, call, credentials), per_byte=per_byte)
+    response = session.with_server(address, config, call, credentials)
+    options.warn_of_plain_experts(response.without_chat_template)
+    report = _report(response, per_byte=per_byte)
     if as_json:
         print(json.dumps(report))
     else:

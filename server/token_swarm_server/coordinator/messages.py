@@ -168,6 +168,7 @@ def expert_to_proto(link: ExpertLink, group: int) -> swarm_pb2.ExpertInfo:
         state=STATES[link.state],
         reason=link.reason,
         restarts=link.restarts,
+        has_chat_template=spec.has_chat_template,
     )
 
 

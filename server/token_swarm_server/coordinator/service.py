@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import grpc
 
+from token_swarm.errors import FailedPrecondition
 from token_swarm.particle import Mixture
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.coordinator import messages
@@ -20,6 +22,8 @@ from token_swarm_server.coordinator.recovery import Prompt
 from token_swarm_server.rpc.errors import DeadlineExceeded, Unavailable, abort, forget_frames
 from token_swarm_server.telemetry.observer import Outcome, Watch
 from token_swarm_server.telemetry.status import look, status_to_proto
+
+_logger = logging.getLogger(__name__)
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -45,6 +49,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         self._engine = engine
         self._particles = particles
         self._defaults = defaults
+        self._warned: set[str] = set()
         self._draining = False
         self._active = 0
         self._idle = asyncio.Event()
@@ -85,11 +90,13 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
         )
         policy = messages.policy_from_proto(request.on_expert_failure)
         prompt = Prompt(request.prompt, request.chat, self._mixture(request), policy)
+        plain = self._without_chat_template(prompt)
         async with contextlib.aclosing(self._engine.generate(prompt, decode, watch)) as events:
             async for event in events:
                 # Returns once the transport takes it: a slow reader holds up its own text and nothing else.
                 if isinstance(event, Finished):
                     finish = messages.finish_to_proto(event, decode)
+                    finish.without_chat_template.extend(plain)
                     await context.write(swarm_pb2.GenerateResponse(finish=finish))
                 else:
                     await context.write(swarm_pb2.GenerateResponse(chunk=swarm_pb2.Chunk(text=event)))
@@ -104,12 +111,30 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
                 await _say_id(watch, context)
                 async with self._serving():
                     prompt = Prompt(request.prompt, request.chat, self._mixture(request))
+                    plain = self._without_chat_template(prompt)
                     score = await self._engine.score(prompt, request.text, watch)
                     watch.finished(Outcome("scored"))
-                    return messages.score_to_proto(score, per_byte=request.per_byte)
+                    response = messages.score_to_proto(score, per_byte=request.per_byte)
+                    response.without_chat_template.extend(plain)
+                    return response
         except Exception as error:  # every error becomes one status
             forget_frames(error)
             await abort(context, error)
+
+    def _without_chat_template(self, prompt: Prompt) -> list[str]:
+        """Experts of a chat that read its prompt as a text to continue; the log names each once.
+
+        Raises FailedPrecondition where all of them would.
+        """
+        names = prompt.mixture.active if prompt.chat else ()
+        plain = [name for name in names if not self._engine.links[name].spec.has_chat_template]
+        if plain and len(plain) == len(names):
+            raise FailedPrecondition(f"chat: {', '.join(plain)}: no chat template; ask without chat")
+        for name in plain:
+            if name not in self._warned:
+                self._warned.add(name)
+                _logger.warning("expert %s has no chat template: it continues the prompts of chats as text", name)
+        return plain
 
     def _watch(self, kind: Literal["generate", "score"], given_id: str, size: int, context: Context) -> Watch:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
