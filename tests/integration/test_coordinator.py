@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,37 @@ async def collect(call: Any) -> tuple[str, swarm_pb2.Finish]:
             text += message.chunk.text
     assert finish is not None
     return text, finish
+
+
+async def test_a_chat_names_the_experts_without_a_chat_template(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = toys([NESTED, LONG], max_context=200)
+    specs = {name: replace(expert.spec, has_chat_template=name != "e1") for name, expert in experts.items()}
+    monkeypatch.setattr(ToyExpert, "spec", property(lambda self: specs[self._spec.name]))
+    async with coordinator(tmp_path, experts=experts) as running:
+        listed = await running.stub.ListExperts(swarm_pb2.ListExpertsRequest())
+        assert [each.has_chat_template for each in listed.experts] == [True, False]
+        for weights, plain in (({"e0": 1.0, "e1": 1.0}, ["e1"]), ({"e0": 1.0}, [])):
+            fields = {"prompt": "ab", "chat": True, "mixture": mixture(weights)}
+            for _ in range(2):
+                _, finish = await collect(running.stub.Generate(swarm_pb2.GenerateRequest(max_bytes=3, **fields)))
+                assert list(finish.without_chat_template) == plain
+            score = await running.stub.Score(swarm_pb2.ScoreRequest(text="ab", **fields))
+            assert list(score.without_chat_template) == plain
+        _, finish = await collect(running.stub.Generate(swarm_pb2.GenerateRequest(prompt="ab", max_bytes=3)))
+        assert list(finish.without_chat_template) == []
+        lone = {"prompt": "ab", "chat": True, "mixture": mixture({"e1": 1.0})}
+        for call in (
+            running.stub.Score(swarm_pb2.ScoreRequest(text="ab", **lone)),
+            collect(running.stub.Generate(swarm_pb2.GenerateRequest(**lone))),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="chat: e1: no chat template; ask without chat") as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    said = [record for record in caplog.records if "no chat template" in record.message]
+    assert [record.levelname for record in said] == ["WARNING"]
+    assert "expert e1" in said[0].message
 
 
 @pytest.mark.parametrize("rule", list(Rule))

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from token_swarm_server.cli import app
+from token_swarm_server.assets import search_data
+from token_swarm_server.cli import app, options, session
 from token_swarm_server.cli.client import plain
+from token_swarm_server.cli.demo import Demo, Word, Written, carried_words
+from token_swarm_server.cli.demo_display import DemoDisplay
+from token_swarm_server.cli.errors import CliError
+from token_swarm_server.config.loading import load_settings
+from token_swarm_server.config.places import EXAMPLES
 from typer.testing import CliRunner
 
 from token_swarm.particle import Mixture, Particle, Rule
 from token_swarm.v1 import swarm_pb2
 
 COMMANDS = (
-    "demo", "serve", "generate", "score", "search", "expert", "health", "top", "doctor", "particles",
-    "tokens create", "bench latency", "bench load",
+    "demo", "serve", "generate", "score", "search", "data", "examples", "expert", "health", "top", "doctor",
+    "particles", "tokens create", "bench latency", "bench load",
 )  # fmt: skip
 
 
@@ -129,7 +136,7 @@ def test_a_bad_configuration_starts_nothing(tmp_path, config):
 def test_a_server_that_is_not_there_is_exit_code_1_and_says_how_to_start_one(command, tmp_path):
     line = refused(*command, "--address", f"unix:{tmp_path}/none.sock", code=1)
     assert "no server answers" in line
-    assert "token-swarm serve --config" in line
+    assert "token-swarm serve" in line
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["port", "socket"])
@@ -187,6 +194,95 @@ def test_doctor_reports_on_an_empty_cache(tmp_path):
     assert findings["demo:smollm2"].startswith("not fetched yet")
     assert findings["cores"] >= 1
     assert findings["torch"][0].isdigit()
+
+
+def test_examples_are_written_and_are_valid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("examples")
+    assert result.exit_code == 0
+    assert "examples/demo.yaml" in result.stdout.split()
+    settings = load_settings(tmp_path / "examples" / "demo.yaml")
+    assert settings.experts.keys() == {"smollm2", "qwen2.5-coder"} == settings.coordinator.weights.keys()
+    assert settings.coordinator.particles == tmp_path / "examples" / "particles"
+    assert load_settings(tmp_path / "examples" / "three.yaml").experts.keys() > settings.experts.keys()
+    assert "exists; give another folder, or --overwrite" in refused("examples")
+    assert run("examples", "--overwrite").exit_code == 0
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused("examples", "file", code=1)
+    assert "is where they come from" in refused("examples", str(EXAMPLES))
+
+
+def test_data_prints_one_path_or_all(tmp_path, monkeypatch):
+    made = {name: tmp_path / f"{name}.jsonl" for name in search_data.SETS}
+    asked = {}
+
+    def ensure(cache, **options):
+        asked.update(options, cache=cache)
+        return made
+
+    monkeypatch.setattr(search_data, "ensure_search_data", ensure)
+    assert run("data", "code", "--cache", str(tmp_path)).stdout == f"{made['code']}\n"
+    assert (asked["cache"], asked["texts"]) == (tmp_path, None)
+    table = run("data", "--text", __file__).stdout
+    assert all(str(path) in table for path in made.values())
+    assert asked["texts"] == [Path(__file__)]
+    assert json.loads(run("data", "--json").stdout) == {name: str(path) for name, path in made.items()}
+    assert "there is no set cod; allowed: code, prose" in refused("data", "cod")
+    assert "no/file is no file" in refused("data", "--text", "no/file")
+
+
+def test_serve_without_a_configuration_serves_the_demo_pair(monkeypatch):
+    served = {}
+
+    def ready(settings, console):
+        served["experts"] = settings.experts
+        raise CliError("enough")
+
+    monkeypatch.setattr(session, "ready_models", ready)
+    assert refused("serve", "--listen", "127.0.0.1:0") == "error: enough"
+    assert {name: expert.model for name, expert in served["experts"].items()} == {
+        "smollm2": "demo:smollm2",
+        "qwen2.5-coder": "demo:qwen2.5-coder",
+    }
+
+
+def test_a_word_is_carried_by_the_expert_that_thought_it_more_probable():
+    text = "é it \n"
+    ahead, behind, near = math.log(0.9), math.log(0.1), math.log(0.8)
+    log_probs = {"a": [ahead, 0.0, 0.0, near, 0.0, 0.0, behind], "b": [behind, 0.0, 0.0, ahead, 0.0, 0.0, ahead]}
+    assert carried_words(text, log_probs) == [Word("é", "a"), Word(" it", None), Word(" \n", "b")]
+    assert carried_words(text, {"a": log_probs["a"]})[1] == Word(" it", "a")
+
+
+def test_the_demo_fits_80_columns_and_has_no_colour_where_nobody_looks(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    usage = [swarm_pb2.ExpertUsage(expert=name, share=0.5) for name in ("smollm2", "qwen2.5-coder")]
+    timings = swarm_pb2.Timings(total_seconds=12.0)
+    written = Written("word " * 40, swarm_pb2.Finish(bytes=200, experts=usage, timings=timings))
+    words = [Word("word ", "smollm2")] * 40
+    display = DemoDisplay(["smollm2", "qwen2.5-coder"])
+    display.show_prompt("why? " * 30, chat=True)
+    with display.text("") as passage:
+        passage(written.text)
+        passage.colour(words)
+    display.show_legend()
+    bits = {"": 1.2345, "smollm2": 1.5, "qwen2.5-coder": 1.25}
+    alone = dict.fromkeys(("smollm2", "qwen2.5-coder"), written)
+    display.show_table(Demo("why?", alone, written, {}, words, {"prose": bits, "code": bits}))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "1.234" in shown
+    assert "100%" in shown
+    assert "60" in shown
+
+
+def test_experts_without_a_chat_template_are_warned_of(capsys):
+    options.warn_of_plain_experts(["gemma3", "a\x1b[2J"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("warning: gemma3 has no chat template")
+    assert len(lines) == 2
+    assert "\x1b" not in lines[1]
 
 
 def test_the_command_line_loads_no_model_library():

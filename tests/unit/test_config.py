@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
 from token_swarm_server.config.loading import ConfigError, load_settings
+from token_swarm_server.config.places import EXAMPLES, default_cache
 from token_swarm_server.config.settings import CLIENT_VARIABLES, ClientTls, ExpertSettings, ServerTls
 
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
@@ -199,6 +201,28 @@ def test_variables_for_clients_are_no_keys(load, monkeypatch):
     for name in CLIENT_VARIABLES:
         monkeypatch.setenv(name, "x")
     assert load(MINIMAL).coordinator.tokens is None
+
+
+def test_the_cache_lies_in_the_checkout_or_else_with_the_users_caches(load, tmp_path, monkeypatch):
+    assert load(MINIMAL).cache == ROOT / ".cache"
+    monkeypatch.setenv("TOKEN_SWARM_CACHE", "/elsewhere")
+    assert load(MINIMAL).cache == Path("/elsewhere")
+    installed = tmp_path / "site-packages" / "token_swarm_server"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
+    assert default_cache(installed) == Path("/var/cache/me/token-swarm")
+    # The XDG specification has relative paths ignored.
+    for useless in ("", "here"):
+        monkeypatch.setenv("XDG_CACHE_HOME", useless)
+        monkeypatch.setenv("HOME", "/home/me")
+        assert default_cache(installed) == Path("/home/me/.cache/token-swarm")
+
+
+def test_the_examples_come_with_the_package():
+    assert EXAMPLES.resolve() == ROOT / "examples"
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    patterns = [pattern.removeprefix("examples/") for pattern in packaged["token_swarm_server"] if "/" in pattern]
+    matched = {path for pattern in patterns for path in EXAMPLES.glob(pattern)}
+    assert matched == {path for path in EXAMPLES.rglob("*") if path.is_file()}
 
 
 def test_the_example_is_valid_and_its_particle_fits_it():

@@ -48,10 +48,5 @@ def data(
     elif name is not None:
         print(paths[name])
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("set", "utility", "file", box=None)
         for each, path in paths.items():
-            table.add_row(each, SETS[each], str(path))
-        Console(soft_wrap=True).print(table)
+            print(f"{each:<16}{SETS[each]:<18}{path}")
