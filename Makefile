@@ -37,11 +37,12 @@ demo: $(DEMO_STAMP) ## Two small models alone and as one (fetches them the first
 	@$(BIN)/token-swarm demo
 
 # What the demo needs and no more. The models are fetched and converted while pip installs the rest: that takes numpy,
-# gguf and tokenizers, and the checkout as it is.
+# gguf and tokenizers, and the checkout as it is. Python compiles what it imports: pip would compile every module, half a
+# minute of processor time.
 $(DEMO_STAMP): $(BUILD) | $(BIN)/python
-	$(PIP) --quiet gguf numpy rich tokenizers
+	$(PIP) --quiet --no-compile gguf numpy rich tokenizers
 	@echo "installing PyTorch and the server while the models are fetched and converted"
-	@{ $(PIP) --quiet torch && $(PIP) --quiet --editable '.[demo]'; } & installing=$$!; \
+	@{ $(PIP) --quiet --no-compile torch && $(PIP) --quiet --no-compile --editable '.[demo]'; } & installing=$$!; \
 	PYTHONPATH=.:server $(BIN)/python -m token_swarm_server.assets.demo_experts --cache .cache $(DEMO_PAIR); made=$$?; \
 	wait $$installing && exit $$made
 	touch $@

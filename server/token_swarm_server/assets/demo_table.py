@@ -139,4 +139,4 @@ _GEMMA3 = DemoExpert(
 
 DEMO_EXPERTS: tuple[DemoExpert, ...] = (_SMOLLM2, _QWEN, _GEMMA3)
 DEMO_PAIR = (_SMOLLM2.name, _QWEN.name)
-"""The experts of `token-swarm demo` and of examples/demo.yaml."""
+"""The experts of `token-swarm demo` and of the examples' demo.yaml."""

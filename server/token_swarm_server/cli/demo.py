@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -78,7 +79,7 @@ class Demo:
 def demo(
     prompt: Annotated[str, typer.Option(help="Question to answer.")] = PROMPT,
     plain: Annotated[bool, typer.Option("--plain", help="The prompt is a text to continue, no question.")] = False,
-    max_bytes: Annotated[int, typer.Option(help="Most bytes to write.", min=1, max=2**32)] = 240,
+    max_bytes: Annotated[int, typer.Option(help="Most bytes to write.", min=1, max=2**32)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0, max=2**63)] = 1,
     cache: options.Cache = None,
@@ -140,10 +141,9 @@ async def _run(
         words = await _words(stub, request, ensemble.text) if ensemble.text else []
         write.colour(words)
     display.show_legend()
-    scores = {}
-    for title, text in TEXTS.items():
-        with display.busy(f"scoring {title}"):
-            scores[title] = _bits_per_byte(await stub.Score(swarm_pb2.ScoreRequest(text=text)))
+    with display.busy("scoring two texts"):
+        answers = await asyncio.gather(*(stub.Score(swarm_pb2.ScoreRequest(text=text)) for text in TEXTS.values()))
+    scores = {title: _bits_per_byte(answer) for title, answer in zip(TEXTS, answers, strict=True)}
     return Demo(request.prompt, alone, ensemble, weights, words, scores)
 
 

@@ -58,14 +58,15 @@ class DemoDisplay:
         passage = _Passage(title, self._styles)
         with Live(passage.shown, console=self._console, vertical_overflow="visible"):
             yield passage
-        self._console.print()
+        # On a terminal the live display ends its last line, elsewhere it does not.
+        self._console.line(1 if self._console.is_terminal else 2)
 
     def show_legend(self) -> None:
         """What the colours of the ensemble's text mean."""
         if self._console.is_terminal and not self._console.no_color:
             colours = [(f"{name} ", style) for name, style in self._styles.items()]
             self._console.print(
-                Text.assemble("Colour: the expert that thought the word clearly the more probable: ", *colours)
+                Text.assemble("colours: who thought the word clearly more probable: ", *colours)
             )
             self._console.print()
 

@@ -89,6 +89,6 @@ def _demo_experts(cache: Path) -> dict[str, str]:
     return {
         f"demo:{expert.name}": str(cache / "experts" / expert.name)
         if (cache / "experts" / expert.name / STAMP).exists()
-        else "not fetched yet; whatever names it fetches it"
+        else "not fetched yet: fetched when a command names it"
         for expert in DEMO_EXPERTS
     }

@@ -50,7 +50,7 @@ def generate(
     \b
     Examples:
       token-swarm generate --prompt "The capital of France is" --max-bytes 100
-      token-swarm generate --prompt "Why is the sky blue?" --chat --weights smollm2=0.7,gemma3=0.3
+      token-swarm generate --prompt "Why is the sky blue?" --chat --weights smollm2=0.7,qwen2.5-coder=0.3
       token-swarm generate --config examples/demo.yaml --prompt "Once upon a time"
     """
     from token_swarm.v1 import swarm_pb2

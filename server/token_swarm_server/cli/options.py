@@ -41,7 +41,7 @@ Config = Annotated[
     Path | None, typer.Option(help="YAML file: start a server with it for this call only.", metavar="FILE")
 ]
 Weights = Annotated[
-    str | None, typer.Option(help="Weight per expert, such as smollm2=0.4,gemma3=0.6.", metavar="NAME=W,...")
+    str | None, typer.Option(help="Weight per expert, such as smollm2=0.4,qwen2.5-coder=0.6.", metavar="NAME=W,...")
 ]
 ParticleName = Annotated[str | None, typer.Option(help="Named mixture of the server, instead of --weights.")]
 RuleOption = Annotated[RuleName | None, typer.Option(help="How the weights combine the experts.")]
@@ -138,7 +138,7 @@ def parse_weights(text: str, rule: Rule) -> Mixture:
             value = math.nan
             equals = ""
         if not name or not equals:
-            raise CliError(f"--weights: {part!r} is not NAME=NUMBER; allowed: smollm2=0.4,gemma3=0.6")
+            raise CliError(f"--weights: {part!r} is not NAME=NUMBER; allowed: smollm2=0.4,qwen2.5-coder=0.6")
         if name in weights:
             raise CliError(f"--weights: {name} is given twice")
         weights[name] = value
@@ -161,7 +161,7 @@ def mixing_fields(weights: str | None, particle: str | None, rule: RuleName | No
             weights=[swarm_pb2.ExpertWeight(expert=name, weight=w) for name, w in mixture.weights.items()],
         )
     elif rule is not None:
-        raise CliError("--rule: give --weights as well, such as --weights smollm2=0.5,gemma3=0.5")
+        raise CliError("--rule: give --weights as well, such as --weights smollm2=0.5,qwen2.5-coder=0.5")
     return fields
 
 

@@ -50,8 +50,8 @@ def check_installed() -> str:
     version = installed_version()
     if version is None:
         raise ExpertLoadError(
-            "backend: vllm is not installed for this interpreter; `make vllm` makes an environment that has it, and "
-            "the expert's `python` names its interpreter"
+            "backend: vllm is not installed for this interpreter; install it in an environment of its own (in a "
+            "checkout: make vllm), and let the expert's `python` name that interpreter"
         )
     if version.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
         raise ExpertLoadError(f"backend: vllm {version} is installed, {SUPPORTED} is needed (constraints-vllm.txt)")
