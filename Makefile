@@ -34,7 +34,7 @@ $(STAMP): $(BUILD) | $(BIN)/python
 	touch $@ $(DEMO_STAMP)
 
 demo: $(DEMO_STAMP) ## Two small models alone and as one (fetches them the first time)
-	@$(BIN)/token-swarm demo
+	@TOKEN_SWARM_CACHE=.cache $(BIN)/token-swarm demo
 
 # What the demo needs and no more. The models are fetched and converted while pip installs the rest: that takes numpy,
 # gguf and tokenizers, and the checkout as it is. Python compiles what it imports: pip would compile every module, half a

@@ -29,7 +29,7 @@ from bench.plots import draw_all
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "figures"
-CONFIG = "examples/demo.yaml"
+CONFIG = "bench/pair.yaml"
 TABLES = ("ratios", "contestants", "latency", "breakdown", "drafts", "load", "costs", "capacity")
 
 

@@ -88,7 +88,7 @@ async def serve(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path("examples/demo.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("bench/pair.yaml"))
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--max-bytes", type=int, default=200, help="of each stream")
     parser.add_argument("--prompt-bytes", type=int, default=4000, help="of the prompt that arrives")

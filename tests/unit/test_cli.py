@@ -206,6 +206,7 @@ def test_examples_are_written_and_are_valid(tmp_path, monkeypatch):
     assert settings.coordinator.particles == tmp_path / "examples" / "particles"
     assert load_settings(tmp_path / "examples" / "three.yaml").experts.keys() > settings.experts.keys()
     assert "exists; give another folder, or --overwrite" in refused("examples")
+    assert "`token-swarm examples` writes the examples" in refused("serve", "--config", "examples/other.yaml")
     assert run("examples", "--overwrite").exit_code == 0
     (tmp_path / "file").touch()
     assert "cannot be written" in refused("examples", "file", code=1)

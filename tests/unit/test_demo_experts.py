@@ -232,6 +232,8 @@ def test_every_expert_says_where_its_parts_lie_and_how_large_they_are() -> None:
         assert expert.licence_files or expert.licence == APACHE
         assert "Modified: converted" in expert.notice
     assert set(DEMO_PAIR) < {expert.name for expert in DEMO_EXPERTS}
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert f"DEMO_PAIR := {' '.join(DEMO_PAIR)}\n" in makefile
 
 
 def test_a_licence_that_the_wheels_lack_is_written(

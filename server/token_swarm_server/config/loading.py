@@ -73,7 +73,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
-        raise ConfigError(f"config {path}: cannot be read: {error.strerror}") from error
+        # What the help of the commands names is there only in a checkout, and after this command.
+        hint = "; `token-swarm examples` writes the examples" if path.parent.name == "examples" else ""
+        raise ConfigError(f"config {path}: cannot be read: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path}: not UTF-8 at byte {error.start}") from error
     except yaml.YAMLError as error:
