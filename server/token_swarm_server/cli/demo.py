@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from token_swarm_server.cli.demo_display import DemoDisplay
 
 PROMPT = "What is the difference between a list and a tuple in Python?"
+BYTES = 162
+"""Of that prompt's answer: there the ensemble's ends a sentence."""
 TEXTS = {
     "prose": (
         "The ferry left the harbour an hour late because the captain had waited for the mail. Nobody on board "
@@ -79,7 +81,7 @@ class Demo:
 def demo(
     prompt: Annotated[str, typer.Option(help="Question to answer.")] = PROMPT,
     plain: Annotated[bool, typer.Option("--plain", help="The prompt is a text to continue, no question.")] = False,
-    max_bytes: Annotated[int, typer.Option(help="Most bytes to write.", min=1, max=2**32)] = 200,
+    max_bytes: Annotated[int, typer.Option(help="Most bytes to write.", min=1, max=2**32)] = BYTES,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0, max=2**63)] = 1,
     cache: options.Cache = None,
