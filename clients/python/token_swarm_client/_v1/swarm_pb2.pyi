@@ -312,7 +312,9 @@ class GenerateRequest(_message.Message):
     prompt: _builtins.str
     """Text to continue; may be empty."""
     chat: _builtins.bool
-    """Render the prompt as the user's turn of each expert's chat template, where the expert has one."""
+    """Render the prompt as the user's turn of each expert's chat template. Experts without one read the plain prompt;
+    FAILED_PRECONDITION where none has one.
+    """
     particle: _builtins.str
     """Name of a particle, as ListParticles gives it."""
     unit: Global___Unit.ValueType
@@ -610,6 +612,7 @@ class Finish(_message.Message):
     RETIRED_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
     REOPENED_FIELD_NUMBER: _builtins.int
+    WITHOUT_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """Why the text ended."""
     stop: _builtins.str
@@ -640,6 +643,12 @@ class Finish(_message.Message):
     def dropped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Experts that failed and that the text went on without, by ON_EXPERT_FAILURE_DROP."""
 
+    @_builtins.property
+    def without_chat_template(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of a chat: experts that have no chat template and so read the prompt as a text to continue, which makes the
+        ensemble worse.
+        """
+
     def __init__(
         self,
         *,
@@ -654,10 +663,11 @@ class Finish(_message.Message):
         retired: _builtins.float = ...,
         dropped: _abc.Iterable[_builtins.str] | None = ...,
         reopened: _builtins.int = ...,
+        without_chat_template: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "seed", b"seed", "stop", b"stop", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "bytes", b"bytes", "certificate", b"certificate", "dropped", b"dropped", "experts", b"experts", "reason", b"reason", "reopened", b"reopened", "retired", b"retired", "seed", b"seed", "stop", b"stop", "timings", b"timings", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_stop", b"_stop", "bytes", b"bytes", "certificate", b"certificate", "dropped", b"dropped", "experts", b"experts", "reason", b"reason", "reopened", b"reopened", "retired", b"retired", "seed", b"seed", "stop", b"stop", "timings", b"timings", "unit", b"unit", "without_chat_template", b"without_chat_template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -722,7 +732,9 @@ class ScoreRequest(_message.Message):
     text: _builtins.str
     """Text to score, at least one byte."""
     chat: _builtins.bool
-    """Render the prompt as the user's turn of each expert's chat template, where the expert has one."""
+    """Render the prompt as the user's turn of each expert's chat template. Experts without one read the plain prompt;
+    FAILED_PRECONDITION where none has one.
+    """
     particle: _builtins.str
     """Name of a particle, as ListParticles gives it."""
     per_byte: _builtins.bool
@@ -803,6 +815,7 @@ class ScoreResponse(_message.Message):
     BYTE_LOG_PROBS_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
+    WITHOUT_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
     """Length of the text."""
     log_prob: _builtins.float
@@ -817,6 +830,10 @@ class ScoreResponse(_message.Message):
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertScore]:
         """One entry per expert with non-zero weight."""
 
+    @_builtins.property
+    def without_chat_template(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of a chat: experts that have no chat template and so read the prompt as a text to continue."""
+
     def __init__(
         self,
         *,
@@ -825,10 +842,11 @@ class ScoreResponse(_message.Message):
         byte_log_probs: _abc.Iterable[_builtins.float] | None = ...,
         experts: _abc.Iterable[Global___ExpertScore] | None = ...,
         retired: _builtins.float = ...,
+        without_chat_template: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_log_probs", b"byte_log_probs", "bytes", b"bytes", "experts", b"experts", "log_prob", b"log_prob", "retired", b"retired"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_log_probs", b"byte_log_probs", "bytes", b"bytes", "experts", b"experts", "log_prob", b"log_prob", "retired", b"retired", "without_chat_template", b"without_chat_template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -867,6 +885,7 @@ class ExpertInfo(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the expert."""
     architecture: _builtins.str
@@ -887,6 +906,8 @@ class ExpertInfo(_message.Message):
     """Why the expert does not take work. Empty: it does."""
     restarts: _builtins.int
     """How often the expert was started again, or came back."""
+    has_chat_template: _builtins.bool
+    """Whether the expert's tokenizer has a chat template."""
     def __init__(
         self,
         *,
@@ -900,10 +921,11 @@ class ExpertInfo(_message.Message):
         state: Global___ExpertState.ValueType = ...,
         reason: _builtins.str = ...,
         restarts: _builtins.int = ...,
+        has_chat_template: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "fingerprint", b"fingerprint", "group", b"group", "max_context", b"max_context", "name", b"name", "reason", b"reason", "restarts", b"restarts", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "fingerprint", b"fingerprint", "group", b"group", "has_chat_template", b"has_chat_template", "max_context", b"max_context", "name", b"name", "reason", b"reason", "restarts", b"restarts", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
