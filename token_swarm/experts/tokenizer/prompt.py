@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.experts.tokenizer.numbering import Numbering
+
+logger = logging.getLogger(__name__)
 
 # Private-use characters: no template holds them and no template trims them.
 _PLACE = "\ue000\ue001\ue000"
@@ -24,9 +27,18 @@ class PromptEncoder:
         added = tokenizer.added_tokens_decoder.values()
         self._special = tuple(str(token) for token in added if token.special)
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
+        if self.has_chat_template:
+            self._try_template()
+
+    def _try_template(self) -> None:
+        """Render one turn of a user, so that whoever starts the expert reads about a template that cannot."""
+        try:
+            self._render("Hello")
+        except ValueError as error:
+            logger.warning("requests with chat will be refused: %s", error)
 
     def encode(self, prompt: str, *, chat: bool) -> EncodedPrompt:
-        """See `Expert.encode`. Raises ValueError for a prompt the chat template cannot render safely."""
+        """See `Expert.encode`. Raises ValueError for a prompt that the chat template refuses or renders unsafely."""
         if chat and self.has_chat_template:
             tokens = self._chat(prompt)
         else:
@@ -68,7 +80,12 @@ class PromptEncoder:
 
     def _render(self, prompt: str) -> str:
         turn = [{"role": "user", "content": prompt}]
-        rendered: str = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        except Exception as error:
+            # The template is a program of the model's authors: whatever it raises is its answer to the prompt.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the model's chat template fails for a user message: {reason}") from error
         return rendered
 
     def _start(self) -> int:

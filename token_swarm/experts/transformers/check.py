@@ -11,6 +11,7 @@ from token_swarm.experts.contract import Close, Expert, ExpertSpec, Extend, Fork
 from token_swarm.experts.loading import ExpertLoadError
 from token_swarm.experts.tokenizer.numbering import Numbering
 from token_swarm.experts.tokenizer.prompt import PromptEncoder
+from token_swarm.experts.transformers.loading import cache_argument
 
 SEQUENCES = 3
 """Sequences that the check opens."""
@@ -130,10 +131,10 @@ def _tokens(prompts: PromptEncoder, text: str, size: int) -> tuple[int, ...]:
 
 def _in_pieces(model: Any, inputs: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
     """Logits of `inputs`, [1, tokens], fed in pieces through a cache of the model's own: [tokens, width]."""
-    cache, rows = None, []
+    cache, rows, name = None, [], cache_argument(model)
     for piece in torch.split(inputs, list(counts), dim=1):
-        output = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=piece, use_cache=True, **{name: cache})
+        cache = output[name]
         rows.append(output.logits[0])
     return torch.cat(rows)
 

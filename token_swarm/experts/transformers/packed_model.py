@@ -11,6 +11,7 @@ import torch
 from token_swarm.experts.transformers.cpu_embedding import PackedEmbedding, pack_embedding
 from token_swarm.experts.transformers.cpu_linear import CpuLinear, PackedLinear, pack_linears
 from token_swarm.experts.transformers.cpu_norm import pack_norms
+from token_swarm.experts.transformers.loading import cache_argument
 from token_swarm.experts.transformers.packed_attention import ACTIVE, IMPLEMENTATION, PackedBatch, Run
 from token_swarm.experts.transformers.slot_cache import SlotCache
 
@@ -53,8 +54,8 @@ def packed_forward(
         output = model(
             input_ids=torch.tensor([tokens], device=model.device),
             position_ids=batch.positions[None],
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(model): cache},
             logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=model.device),
         )
     finally:
