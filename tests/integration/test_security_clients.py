@@ -77,7 +77,7 @@ def test_commands_say_what_is_wrong_with_credentials(guarded, pki, strangers, tm
     said = {
         ca: "a valid bearer token is needed",
         (*ca, "--token-file", str(tmp_path / "wrong")): "the one given is not",
-        ("--token-file", str(file)): "it may want TLS (--tls-ca, or --tls)",
+        ("--token-file", str(file)): "the server wants TLS; give --tls-ca (or --tls)",
         ("--tls-ca", str(strangers.ca), "--token-file", str(file)): "not from an authority of --tls-ca",
         ("--tls", "--token-file", str(file)): "not from an authority of --tls-ca",
         (*ca, "--token-file", str(tmp_path / "none")): "--token-file: ",

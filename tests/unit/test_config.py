@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 from token_swarm_server.config.loading import ConfigError, load_settings
 from token_swarm_server.config.places import EXAMPLES, default_cache
-from token_swarm_server.config.settings import CLIENT_VARIABLES, ClientTls, ExpertSettings, ServerTls
+from token_swarm_server.config.settings import OTHER_VARIABLES, ClientTls, ExpertSettings, ServerTls
 
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.particle import Particle
@@ -162,6 +163,26 @@ BAD = {
         ["coordinator.listen", "unix:/absolute"],
     ),
     "epsilon": (MINIMAL + "coordinator: {epsilon: 1}", ["coordinator.epsilon", "less than 1"]),
+    "a word for an expert": ("experts: {one: /models/a}", ["experts.one: write {model: /models/a}"]),
+    "nothing for an expert": ("experts: {one: }", ["experts.one: write {model: DIRECTORY}"]),
+    "a list of experts": ("experts: [one]", ["experts: must be a table of experts by name"]),
+    "a word for a table": (
+        MINIMAL + "coordinator: {metrics: 'a:1'}",
+        ["metrics: must be a table", "listen, allow_remote"],
+    ),
+    "misspelt experts": ("exprts: {one: {model: m}}", ["exprts: unknown key (did you mean experts?)"]),
+    "a tab": ("experts:\n\tone: m", ["line 2", "indented with a tab"]),
+    "a number for text": (MINIMAL + "coordinator: {listen: 50061}", ["coordinator.listen: must be a text", "50061"]),
+    "a word for a number": (
+        MINIMAL + "coordinator: {window: few}",
+        ["coordinator.window: must be an integer (is 'few')"],
+    ),
+    "a URL": (
+        "experts: {one: {address: 'http://127.0.0.1:1/'}}",
+        ["experts.one.address: must be host:port", "it is gRPC, not http: write 127.0.0.1:1 (is"],
+    ),
+    "no port": ("experts: {one: {address: expert}}", ["experts.one.address: must be host:port", "expert:50061"]),
+    "port 0": ("experts: {one: {address: 'expert:0'}}", ["experts.one.address", "from 1 to 65535"]),
     "twice": (MINIMAL + "  one: {model: other}\n", ["line 4", "'one' is given twice"]),
     "not YAML": ("experts: [", ["line 1", "not valid YAML"]),
     "not a mapping": ("- experts", ["must be a mapping", "experts, coordinator, cache"]),
@@ -184,21 +205,71 @@ def test_a_missing_file_is_named(tmp_path):
         load_settings(tmp_path / "none.yaml")
 
 
+def test_a_directory_is_not_a_file_and_a_relative_path_says_from_where(tmp_path, monkeypatch):
+    (tmp_path / "swarm.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=rf"Is a directory; give a file in it, such as {tmp_path}/swarm\.yaml"):
+        load_settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"none\.yaml: cannot be read: No such file .*looked in {tmp_path}"):
+        load_settings(Path("none.yaml"))
+
+
 def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"experts:\n\xff")
     with pytest.raises(ConfigError, match="not UTF-8 at byte 9"):
         load_settings(tmp_path / "x.yaml")
 
 
-@pytest.mark.parametrize("name", ["TOKEN_SWARM_COORDINATR__WINDOW", "TOKEN_SWARM_LISTEN"])
-def test_an_unknown_variable_is_refused(load, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("TOKEN_SWARM_COORDINATR__WINDOW", " (did you mean TOKEN_SWARM_COORDINATOR__WINDOW?)"),
+        ("TOKEN_SWARM_LISTEN", " (did you mean TOKEN_SWARM_COORDINATOR__LISTEN?)"),
+        ("TOKEN_SWARM_TOKN", " (did you mean TOKEN_SWARM_TOKEN?)"),
+        ("TOKEN_SWARM_XYZ", ""),
+    ],
+)
+def test_an_unknown_variable_is_refused(load, monkeypatch, name, meant):
     monkeypatch.setenv(name, "1")
-    with pytest.raises(ConfigError, match=f"environment: {name}: unknown; allowed: TOKEN_SWARM_EXPERTS"):
+    line = re.escape(f"environment: {name}: unknown{meant}; allowed: TOKEN_SWARM_EXPERTS")
+    with pytest.raises(ConfigError, match=line):
         load(MINIMAL)
 
 
+BAD_VARIABLES = {
+    "value": ("COORDINATOR__WINDOW", "x", "coordinator.window: must be an integer (is 'x')"),
+    "key": ("COORDINATOR__WINDWO", "1", "coordinator.windwo: unknown key (did you mean window?)"),
+    "several keys": ("COORDINATOR__LISTEN", "0.0.0.0:1", "coordinator.listen: 0.0.0.0:1 can be reached"),
+    "a table's names": ("COORDINATOR__WEIGHTS__TWO", "1", "coordinator.weights.two: there is no such expert"),
+    "below a name": ("EXPERTS__ONE__THREADS", "0", "experts.one.threads: must be greater than or equal to 1"),
+    "an expert that is nowhere": ("EXPERTS__TWO__THREADS", "2", "experts.two: give model"),
+    "part of a table": ("COORDINATOR__TLS__CERTIFICATE", "x", "coordinator.tls.key: is needed"),
+    "a table": ("COORDINATOR", '{"window": "x"}', "coordinator.window: must be an integer"),
+    "no JSON": ("COORDINATOR", "x", "must be JSON"),
+    "half JSON": ("EXPERTS__ONE__ENGINE", "{", "must be JSON"),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "said"), BAD_VARIABLES.values(), ids=BAD_VARIABLES.keys())
+def test_what_a_variable_makes_wrong_names_the_variable_and_not_the_file(load, monkeypatch, name, value, said):
+    monkeypatch.setenv(f"TOKEN_SWARM_{name}", value)
+    with pytest.raises(ConfigError) as caught:
+        load(MINIMAL)
+    assert str(caught.value).startswith(f"environment: TOKEN_SWARM_{name}: {said}")
+
+
+def test_what_a_flag_makes_wrong_names_the_flag(load, monkeypatch):
+    monkeypatch.setenv("TOKEN_SWARM_COORDINATOR__LISTEN", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"^--listen: coordinator\.listen: must be"):
+        load(MINIMAL, coordinator={"listen": "x"})
+
+
+def test_a_heading_without_keys_is_no_mistake(load):
+    assert load(MINIMAL + "coordinator:\n  # listen: 127.0.0.1:1\n").model_dump() == load(MINIMAL).model_dump()
+
+
 def test_variables_for_clients_are_no_keys(load, monkeypatch):
-    for name in CLIENT_VARIABLES:
+    for name in OTHER_VARIABLES:
         monkeypatch.setenv(name, "x")
     assert load(MINIMAL).coordinator.tokens is None
 

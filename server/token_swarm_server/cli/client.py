@@ -16,6 +16,7 @@ from token_swarm_server.cli.errors import BAD_INPUT, FAILURE, CliError
 from token_swarm_server.cli.options import PLAIN, Credentials
 from token_swarm_server.config.addresses import stays_on_this_machine
 from token_swarm_server.rpc.channels import PUBLIC_OPTIONS, open_channel
+from token_swarm_server.rpc.diagnosis import COORDINATOR, find
 
 _BAD_INPUT_CODES = (
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -30,6 +31,7 @@ _HANDSHAKES = (
     ("WRONG_VERSION_NUMBER", "it does not speak TLS; leave the --tls flags out"),
 )
 _CLOSED = "Socket closed"
+_START = "start one with `token-swarm serve`, or give --config to this command"
 
 
 @asynccontextmanager
@@ -45,7 +47,21 @@ async def connect(
         try:
             yield stub
         except grpc.aio.AioRpcError as error:
-            raise explain(error, address, credentials) from error
+            raise await diagnosed(error, address, credentials) from error
+
+
+async def diagnosed(error: grpc.aio.AioRpcError, address: str, credentials: Credentials = PLAIN) -> CliError:
+    """`explain`, and for a server that cannot be the right one what was found at its address."""
+    unreached = error.code() is grpc.StatusCode.UNAVAILABLE and rpc_status.from_call(error) is None  # type: ignore[arg-type]
+    if not unreached and error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+        return explain(error, address, credentials)
+    found = await find(address, wanted=COORDINATOR, tls=credentials.tls is not None)
+    if not found:
+        return explain(error, address, credentials)
+    here = f"{address}: {found}"
+    if unreached and found.startswith(("nothing ", "there is no ")):
+        return CliError(f"no server answers at {here}; {_START}", FAILURE)
+    return CliError(here, BAD_INPUT)
 
 
 def open_public_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
@@ -82,10 +98,7 @@ def explain(error: grpc.aio.AioRpcError, address: str, credentials: Credentials 
     if code is grpc.StatusCode.UNAVAILABLE and status is None:
         if (reason := _handshake(message, tls=credentials.tls is not None)) is not None:
             return CliError(f"the server at {address} cannot be talked to: {reason}", BAD_INPUT)
-        return CliError(
-            f"no server answers at {address}; start one with `token-swarm serve`, or give --config to this command",
-            FAILURE,
-        )
+        return CliError(f"no server answers at {address}; {_START}", FAILURE)
     if code is grpc.StatusCode.UNAUTHENTICATED:
         message += "; --token-file names a file with one" if credentials.token is None else "; the one given is not"
     for detail in status.details if status else ():

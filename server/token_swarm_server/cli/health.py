@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import grpc
@@ -16,6 +16,7 @@ from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import FAILURE, CliError
 from token_swarm_server.config.settings import DEFAULT_LISTEN, ClientTls
 from token_swarm_server.rpc.channels import open_channel
+from token_swarm_server.rpc.diagnosis import find
 
 _SERVING = "SERVING"
 _NO_ANSWER = "NO_ANSWER"
@@ -65,7 +66,7 @@ def health(
       token-swarm health --address 127.0.0.1:50071 --alive --json
     """
     security = options.credentials(None, tls, tls_ca, tls_certificate, tls_key).tls
-    asking = _wait(address or DEFAULT_LISTEN, service, security, alive=alive, seconds=timeout, wait=wait)
+    asking = _asked(address or DEFAULT_LISTEN, service, security, alive=alive, seconds=timeout, wait=wait)
     found = session.run(asking)
     good = _good(found, alive=alive)
     if as_json:
@@ -81,6 +82,17 @@ def health(
 
 def _good(found: _Health, *, alive: bool) -> bool:
     return found.status != _NO_ANSWER if alive else found.status == _SERVING
+
+
+async def _asked(
+    address: str, service: str, tls: ClientTls | None, *, alive: bool, seconds: float, wait: float
+) -> _Health:
+    """What `_wait` gives; the reason of no answer is what was found at the address, where that explains it."""
+    found = await _wait(address, service, tls, alive=alive, seconds=seconds, wait=wait)
+    if found.status != _NO_ANSWER:
+        return found
+    reason = await find(address, wanted=None, tls=tls is not None)
+    return replace(found, reason=reason or found.reason)
 
 
 async def _wait(
@@ -105,5 +117,7 @@ async def _ask(stub: health_pb2_grpc.HealthStub, address: str, service: str, sec
         if error.code() is grpc.StatusCode.NOT_FOUND:
             return _Health(address, service, "SERVICE_UNKNOWN")
         reason = " ".join((error.details() or error.code().name).split())
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            reason = "a gRPC server without health checks"
         return _Health(address, service, _NO_ANSWER, reason)
     return _Health(address, service, health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

@@ -16,7 +16,9 @@ import typer
 
 from token_swarm.mixing.defaults import MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
-from token_swarm_server.cli.errors import CliError
+from token_swarm_server.cli.errors import CliError, remember_variable
+from token_swarm_server.config.addresses import check_target
+from token_swarm_server.config.explanation import check_environment
 from token_swarm_server.config.settings import DEFAULT_LISTEN, ENV_PREFIX, ClientTls
 
 
@@ -36,7 +38,20 @@ class UnitName(StrEnum):
     UNION = "union"
 
 
-Address = Annotated[str | None, typer.Option(help=f"Address of a running server.  [default: {DEFAULT_LISTEN}]")]
+def _target(value: str | None) -> str | None:
+    """An address to connect to, read before anything is done. Raises CliError."""
+    try:
+        return None if value is None else check_target(value)
+    except ValueError as error:
+        raise CliError(f"--address: {value!r} is not allowed; it {error}") from error
+
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Address of a running server: host:port or unix:/path.  [default: {DEFAULT_LISTEN}]", callback=_target
+    ),
+]
 Config = Annotated[
     Path | None, typer.Option(help="YAML file: start a server with it for this call only.", metavar="FILE")
 ]
@@ -74,6 +89,7 @@ TokenFile = Annotated[
         help=f"File with the token to send; without it the variable {ENV_PREFIX}TOKEN counts.",
         envvar=f"{ENV_PREFIX}TOKEN_FILE",
         metavar="FILE",
+        callback=remember_variable,
     ),
 ]
 Tls = Annotated[bool, typer.Option("--tls", help="Encrypt; the flags --tls-... mean it as well.")]
@@ -83,14 +99,26 @@ TlsCa = Annotated[
         help="Authorities that may have signed the server's certificate; default: public ones.",
         envvar=f"{ENV_PREFIX}TLS_CA",
         metavar="PEM",
+        callback=remember_variable,
     ),
 ]
 TlsCertificate = Annotated[
     Path | None,
-    typer.Option(help="Certificate to show to the server.", envvar=f"{ENV_PREFIX}TLS_CERTIFICATE", metavar="PEM"),
+    typer.Option(
+        help="Certificate to show to the server.",
+        envvar=f"{ENV_PREFIX}TLS_CERTIFICATE",
+        metavar="PEM",
+        callback=remember_variable,
+    ),
 ]
 TlsKey = Annotated[
-    Path | None, typer.Option(help="Private key of that certificate.", envvar=f"{ENV_PREFIX}TLS_KEY", metavar="PEM")
+    Path | None,
+    typer.Option(
+        help="Private key of that certificate.",
+        envvar=f"{ENV_PREFIX}TLS_KEY",
+        metavar="PEM",
+        callback=remember_variable,
+    ),
 ]
 # What RFC 6750 allows in a bearer token.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
@@ -111,7 +139,9 @@ PLAIN = Credentials()
 def credentials(
     token_file: Path | None, tls: bool, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None
 ) -> Credentials:
-    """What the flags and variables say. Raises CliError; its message never holds the token."""
+    """What the flags and variables say. Raises CliError, whose message never holds the token, and ConfigError."""
+    # A misspelt variable would otherwise send no token, or not encrypt.
+    check_environment()
     token = os.environ.get(f"{ENV_PREFIX}TOKEN")
     source = f"environment: {ENV_PREFIX}TOKEN"
     if token_file is not None:
@@ -188,8 +218,12 @@ def read_text(option: str, value: str | None, file: Path | None = None) -> str:
     if file is None and sys.stdin.isatty():
         raise CliError(f"{option}: is missing; give it, or pipe a text in")
     try:
-        return (file.read_bytes() if file else sys.stdin.buffer.read()).decode()
+        text = (file.read_bytes() if file else sys.stdin.buffer.read()).decode()
     except OSError as error:
         raise CliError(f"{option}: {source} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CliError(f"{option}: {source} is not valid UTF-8 at byte {error.start}") from error
+    if not text and file is None:
+        # A pipe whose first command failed; who means it says so.
+        raise CliError(f"{option}: {source} is empty; give {option} '' if that is meant")
+    return text

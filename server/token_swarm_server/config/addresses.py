@@ -1,4 +1,4 @@
-"""Where a server may listen: one reading of `host:port` and `unix:/path` for every server of the project."""
+"""Addresses to listen on and to connect to: one reading of `host:port` and `unix:/path` for the whole project."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ LISTEN_ALLOWED = (
     f"{_UNIX}/absolute/path of less than {_SOCKET_PATH_BYTES + 1} bytes, or host:port (host: localhost or an IP "
     "address such as 127.0.0.1 or [::1]; port 0: any free one)"
 )
+TARGET_ALLOWED = "host:port, such as 127.0.0.1:50061, or unix:/path/of/a/socket"
+LONG_FORMS = ("dns:", "ipv4:", "ipv6:", "unix-abstract:", "vsock:", "xds:")
+"""gRPC's other ways to name a server, which it reads itself."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,41 @@ def parse_listen(value: str) -> ListenAddress:
     if bracketed != (address.version == 6):
         raise ValueError(f"must be {LISTEN_ALLOWED}")
     return ListenAddress(None, str(address), int(port), public=not address.is_loopback)
+
+
+def split_target(value: str) -> tuple[str | None, str, int]:
+    """Path of a UNIX socket or None, host (IPv6 without brackets) and port of an address to connect to.
+
+    Raises ValueError, whose message says what is allowed, starting with "must be". LONG_FORMS are not read here.
+    """
+    if value.startswith(_UNIX):
+        # unix:///path is the same with an empty authority.
+        path = value.removeprefix(_UNIX)
+        path = path.removeprefix("//") if path.startswith("///") else path
+        if not path or "\0" in path:
+            raise ValueError(f"must be {TARGET_ALLOWED}")
+        return path, "", 0
+    if "://" in value:
+        scheme, _, rest = value.partition("://")
+        raise ValueError(f"must be {TARGET_ALLOWED}; it is gRPC, not {scheme}: write {rest.rstrip('/') or 'host:port'}")
+    host, colon, port = value.rpartition(":")
+    if not colon or (":" in host and not host.startswith("[")):
+        bare = value if colon else value or "127.0.0.1"
+        host = f"[{bare}]" if colon else "127.0.0.1" if bare.isdecimal() else bare
+        port = bare if bare.isdecimal() else "50061"
+        raise ValueError(f"must be {TARGET_ALLOWED}; host and port are both needed: {host}:{port}")
+    if not (port.isascii() and port.isdecimal()) or len(port) > 5 or not 0 < int(port) <= 65535:
+        raise ValueError(f"must be {TARGET_ALLOWED}; the port is a number from 1 to 65535")
+    if not host.strip("[]") or any(char.isspace() or char in "/@" for char in host):
+        raise ValueError(f"must be {TARGET_ALLOWED}")
+    return None, host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def check_target(value: str) -> str:
+    """`value`, an address to connect to, if it is one. Raises as `split_target` does."""
+    if not value.startswith(LONG_FORMS):
+        split_target(value)
+    return value
 
 
 def stays_on_this_machine(target: str) -> bool:

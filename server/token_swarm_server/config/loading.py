@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
-from token_swarm_server.config.settings import (
-    CLIENT_VARIABLES,
-    DEMO_SCHEME,
-    ENV_DELIMITER,
-    ENV_PREFIX,
-    EXPERT_NAME,
-    HUB_ID,
-    ClientTls,
-    ServerTls,
-    Settings,
-)
+from token_swarm_server.config.explanation import ConfigError, Sources, check_environment, explain, names_of, unreadable
+from token_swarm_server.config.settings import DEMO_SCHEME, HUB_ID, ClientTls, ServerTls, Settings
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message: source, path of the key, what is allowed."""
+__all__ = ["ConfigError", "load_settings"]
 
 
 def load_settings(config: Path | None = None, **overrides: Any) -> Settings:
@@ -35,7 +21,7 @@ def load_settings(config: Path | None = None, **overrides: Any) -> Settings:
     Paths in the file are relative to it. Raises ConfigError.
     """
     from_file = {} if config is None else _read_yaml(config)
-    _check_environment()
+    check_environment()
 
     class FromFile(Settings):
         @classmethod
@@ -48,9 +34,9 @@ def load_settings(config: Path | None = None, **overrides: Any) -> Settings:
     try:
         return FromFile(**overrides)
     except ValidationError as error:
-        raise ConfigError(_explain(error, config)) from error
+        raise ConfigError(explain(error, Sources(overrides, config, from_file))) from error
     except SettingsError as error:
-        raise ConfigError(f"environment: {error}") from error
+        raise ConfigError(unreadable()) from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -74,7 +60,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         # What the help of the commands names is there only in a checkout, and after this command.
-        hint = "; `token-swarm examples` writes the examples" if path.parent.name == "examples" else ""
+        named = path.parent.name == "examples" and not path.is_dir()
+        hint = "; `token-swarm examples` writes the examples" if named else _nearby(path)
         raise ConfigError(f"config {path}: cannot be read: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path}: not UTF-8 at byte {error.start}") from error
@@ -82,11 +69,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        if "'\\t'" in reason:
+            reason = "it is indented with a tab; YAML takes spaces"
         raise ConfigError(f"config {path}:{where} not valid YAML: {reason}") from error
     if document is None:
         return {}
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise ConfigError(f"config {path}: must be a mapping with the keys {_names(Settings)}")
+        raise ConfigError(f"config {path}: must be a mapping with the keys {names_of(Settings)}")
+    # A heading whose keys are all commented out.
+    document = {key: value for key, value in document.items() if value is not None}
     experts = document.get("experts")
     for expert in experts.values() if isinstance(experts, dict) else ():
         if isinstance(expert, dict):
@@ -98,6 +89,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         _make_absolute(document["coordinator"], "tokens", path.parent)
         _make_tls_absolute(document["coordinator"], path.parent)
     return document
+
+
+def _nearby(path: Path) -> str:
+    """What to give instead of a directory, or of a file that is not there; empty if nothing suggests itself."""
+    if path.is_dir():
+        there = sorted(found.name for found in path.glob("*.y*ml"))
+        return f"; give a file in it, such as {path / there[0]}" if there else "; give a YAML file"
+    return "" if path.is_absolute() else f" (looked in {Path.cwd()})"
 
 
 def _make_absolute(table: dict[str, Any], key: str, folder: Path) -> None:
@@ -114,50 +113,3 @@ def _make_tls_absolute(table: dict[str, Any], folder: Path) -> None:
     if isinstance(tls := table.get("tls"), dict):
         for key in ServerTls.model_fields.keys() | ClientTls.model_fields.keys():
             _make_absolute(tls, key, folder)
-
-
-def _check_environment() -> None:
-    """Refuse variables with our prefix that name no key. Raises ConfigError."""
-    for name in sorted(os.environ):
-        if name.upper().startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES:
-            key = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)[0]
-            if key not in Settings.model_fields:
-                allowed = ", ".join(ENV_PREFIX + field.upper() for field in Settings.model_fields)
-                raise ConfigError(f"environment: {name}: unknown; allowed: {allowed} (and keys below by __)")
-
-
-def _table_at(where: Sequence[str]) -> type[BaseModel]:
-    """The model that the table with the path `where` is read into."""
-    model: type[BaseModel] = Settings
-    parts = list(where)
-    while parts and (field := model.model_fields.get(parts.pop(0))) is not None:
-        if typing.get_origin(field.annotation) is dict:
-            # The next part is a name that the user chose.
-            parts = parts[1:]
-        kinds = typing.get_args(field.annotation) or (field.annotation,)
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
-    return model
-
-
-def _names(model: type[BaseModel]) -> str:
-    return ", ".join(model.model_fields)
-
-
-def _explain(error: ValidationError, config: Path | None) -> str:
-    """The first problem as one line."""
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if part != "[key]"]
-    path = ".".join(where)
-    source = f"config {config}" if config else "settings"
-    if problem["type"] == "extra_forbidden":
-        return f"{source}: {path}: unknown key; allowed: {_names(_table_at(where[:-1]))}"
-    if "[key]" in problem["loc"]:
-        return f"{source}: {path}: not a valid expert name; it must match {EXPERT_NAME}"
-    if path == "experts" and problem["type"] in ("missing", "too_short"):
-        return f"{source}: {path}: at least one expert is needed, as `NAME: {{model: DIRECTORY}}`"
-    if problem["type"] == "missing":
-        return f"{source}: {path}: is needed; the keys beside it: {_names(_table_at(where[:-1]))}"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = repr(problem["input"])
-    value = "" if isinstance(problem["input"], dict | BaseModel) else f" (is {shown[:80]})"
-    return f"{source}: {path + ': ' if path else ''}{message}{value}"

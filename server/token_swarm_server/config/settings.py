@@ -12,13 +12,15 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from token_swarm.experts.vllm.options import check_options, parse_value
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
-from token_swarm_server.config.addresses import parse_listen
+from token_swarm_server.config.addresses import check_target, parse_listen
 from token_swarm_server.config.places import default_cache
 
 ENV_PREFIX = "TOKEN_SWARM_"
 ENV_DELIMITER = "__"
 # Not keys: what the commands that call a server read their --token-file and --tls-... from.
-CLIENT_VARIABLES = tuple(ENV_PREFIX + name for name in ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERTIFICATE", "TLS_KEY"))
+OTHER_VARIABLES = tuple(
+    ENV_PREFIX + name for name in ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERTIFICATE", "TLS_KEY", "CPU_LEVEL")
+)
 EXPERT_NAME = r"[a-z0-9][a-z0-9_.-]*"
 DEMO_SCHEME = "demo:"
 PUBLIC_MESSAGE_BYTES = 4 * 2**20
@@ -132,7 +134,7 @@ class ExpertSettings(BaseModel):
     text's stall. A step takes this much at least, 16 times as much at most. Default: 8 on a CPU, 512 elsewhere."""
     step_seconds: Annotated[float, Field(gt=0)] = 60.0
     """An expert that takes longer over one step counts as hung and is started again."""
-    address: Annotated[str, Field(min_length=1)] | None = None
+    address: Annotated[str, AfterValidator(check_target)] | None = None
     """gRPC address of an expert that runs already; it is used instead of starting one."""
     tls: ClientTls | None = None
     """How to reach that expert; default: without encryption."""

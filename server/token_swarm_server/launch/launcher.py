@@ -24,7 +24,9 @@ from token_swarm_server.config.cores import available_cores
 from token_swarm_server.config.settings import ClientTls, ExpertSettings, Settings
 from token_swarm_server.launch.supervisor import ExpertProcess, RestartPolicy
 from token_swarm_server.rpc.channels import open_channel
+from token_swarm_server.rpc.diagnosis import EXPERT, find
 from token_swarm_server.rpc.tls import client_credentials
+from token_swarm_server.telemetry.logs import WARNING_PREFIX
 
 CONNECT_SECONDS = 10.0
 """How long an expert that should run already may take to answer."""
@@ -81,7 +83,7 @@ async def launch(
     running: list[ExpertProcess] = []
 
     def report(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     for name, expert in settings.experts.items():
         if expert.address is not None and expert.tls is None and not stays_on_this_machine(expert.address):
@@ -95,14 +97,19 @@ async def launch(
         for name, expert in local.items():
             given = expert.model_copy(update={"threads": expert.threads or _default_threads(len(local))})
             log = settings.cache / "logs" / f"{name}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_bytes(b"")
+            try:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_bytes(b"")
+            except OSError as error:
+                raise LaunchError(f"cache: {log} cannot be written: {error.strerror}", bad_input=True) from error
             pinned = cores.get(name) if settings.pin_cores else None
             spawn = partial(_spawn, name, models[name], given, endpoints[name], log, pinned)
             running.append(ExpertProcess(name, log, spawn, policy or RestartPolicy(), report))
             await running[-1].start()
         await _wait_ready(settings, endpoints, {started.name: started for started in running}, console)
         for started in running:
+            for warning in _warnings(started.log):
+                report(f"expert {started.name}: {warning}")
             started.watch()
         yield Experts(endpoints, running)
     finally:
@@ -186,10 +193,13 @@ async def _wait_one(name: str, address: str, tls: ClientTls | None, started: Exp
     try:
         if started is None:
             await asyncio.wait({health}, timeout=CONNECT_SECONDS)
+            found = await find(address, wanted=EXPERT, tls=tls is not None)
+            if found and health.done():
+                raise LaunchError(f"experts.{name}.address: {address}: {found}", bad_input=True)
             if not health.done():
                 raise LaunchError(
                     f"experts.{name}.address: no expert answers at {address} within {CONNECT_SECONDS:.0f} s"
-                    + "".join(f" ({reason})" for reason in said[-1:]),
+                    + "".join(f" ({reason})" for reason in [found or "".join(said[-1:])] if reason),
                     bad_input=False,
                 )
             return
@@ -216,6 +226,12 @@ async def _serving(channel: grpc.aio.Channel, said: list[str]) -> None:
         except grpc.aio.AioRpcError as error:
             said[:] = [error.details() or error.code().name]
         await asyncio.sleep(_POLL_SECONDS)
+
+
+def _warnings(log: Path) -> list[str]:
+    """What an expert's process had to say while it loaded the model."""
+    lines = log.read_text(errors="replace").splitlines()
+    return [line.removeprefix(WARNING_PREFIX) for line in lines if line.startswith(WARNING_PREFIX)]
 
 
 def _exit_error(started: ExpertProcess) -> LaunchError:

@@ -48,6 +48,19 @@ def configure(log_format: LogFormat, level: LogLevel) -> None:
         logging.getLogger(name).setLevel(level.upper())
 
 
+WARNING_PREFIX = "warning: "
+"""Of the lines that `configure_warnings` writes."""
+
+
+def configure_warnings() -> None:
+    """Send warnings and errors to standard error, those of the project's own modules as `warning: what it is`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WarningFormatter())
+    # Libraries with a handler of their own would otherwise say everything twice.
+    handler.addFilter(lambda record: not logging.getLogger(record.name.partition(".")[0]).handlers)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, the event's own fields, and exception if there is one."""
 
@@ -73,6 +86,18 @@ class TextFormatter(logging.Formatter):
         fields = "".join(f" {key}={_shown(value)}" for key, value in _flat(getattr(record, "fields", {})))
         message = _one_line(record.getMessage())
         line = f"{_time(record)} {record.levelname} {record.name.rpartition('.')[2]}: {message}{fields}"
+        if record.exc_info:
+            line += "".join(f"\n  {_one_line(one)}" for one in self.formatException(record.exc_info).splitlines())
+        return line
+
+
+class _WarningFormatter(logging.Formatter):
+    """`warning: message`, of a library `warning LIBRARY: message`; the lines of an exception follow, indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and those of the exception."""
+        library = "" if record.name.partition(".")[0] in _OWN else f" {record.name}"
+        line = f"{record.levelname.lower()}{library}: {_one_line(record.getMessage())}"
         if record.exc_info:
             line += "".join(f"\n  {_one_line(one)}" for one in self.formatException(record.exc_info).splitlines())
         return line
@@ -104,15 +129,13 @@ class RequestLog(Sink):
 
 def request_fields(watch: Watch) -> dict[str, Any]:
     """What is told of a finished request. Seconds have six digits; what is not known is left out."""
-    outcome = watch.outcome
+    work = watch.work
     ended = watch.ended_at or watch.started_at
-    shares = outcome.shares if outcome else {}
-    tokens = outcome.tokens if outcome else {}
     experts = {
         name: {
             "weight": weight,
-            "share": _round(shares.get(name)),
-            "tokens": tokens.get(name),
+            "share": _round(work.shares.get(name)),
+            "tokens": work.tokens.get(name),
             "queue_seconds": _round(times.queue) if (times := watch.experts.get(name)) else None,
             "compute_seconds": _round(times.compute) if times else None,
             "transport_seconds": _round(times.transport) if times else None,
@@ -123,7 +146,7 @@ def request_fields(watch: Watch) -> dict[str, Any]:
         "request_id": watch.id,
         "kind": watch.kind,
         "status": watch.status,
-        "reason": outcome.reason if outcome else None,
+        "reason": watch.reason,
         "error": watch.error or None,
         "unit": watch.unit or None,
         "rule": watch.rule or None,
@@ -133,8 +156,8 @@ def request_fields(watch: Watch) -> dict[str, Any]:
         "queue_seconds": _since(watch.started_at, watch.admitted_at),
         "first_byte_seconds": _since(watch.started_at, watch.first_text_at),
         "mixing_seconds": _round(watch.mixing),
-        "dropped": list(outcome.dropped) or None if outcome else None,
-        "reopened": outcome.reopened or None if outcome else None,
+        "dropped": list(work.dropped) or None,
+        "reopened": work.reopened or None,
         "experts": {name: _known(expert) for name, expert in experts.items()} or None,
     }
     return _known(fields)

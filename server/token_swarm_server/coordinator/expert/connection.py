@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from token_swarm.errors import BadParameter
+from token_swarm.errors import BadParameter, ExpertFault
 from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Op
 from token_swarm.files import replacing
 from token_swarm.v1 import expert_pb2, expert_pb2_grpc
@@ -130,7 +130,7 @@ class ExpertConnection:
             )
             if description.name != name:
                 raise TransportError(
-                    f"name: {address} is expert {description.name[:80]!r}, expected {name!r}"
+                    f"experts.{name}.address: {address} is expert {description.name[:80]!r}, expected {name!r}"
                 )
             wire.check_description(description)
             if known is not None and known.fingerprint == description.fingerprint:
@@ -208,7 +208,7 @@ class ExpertConnection:
         return TimedStepResult(logits, spans, errors, reply.seconds, reply.batch_size, inline)
 
     async def encode(self, prompt: str, *, chat: bool = False) -> EncodedPrompt:
-        """`Expert.encode` there. Raises BadParameter for a prompt that the expert cannot encode."""
+        """`Expert.encode` there. Raises BadParameter for a prompt that the expert refuses, ExpertFault if it fails."""
         try:
             request = expert_pb2.EncodeRequest(prompt=prompt, chat=chat)
             encoded = await self._answer(self._stub.Encode(request))
@@ -220,7 +220,7 @@ class ExpertConnection:
         return EncodedPrompt(tuple(encoded.tokens), encoded.tail)
 
     async def tokenize(self, text: str) -> tuple[int, ...]:
-        """`Expert.tokenize` there. Raises BadParameter for a text that the expert cannot tokenize."""
+        """`Expert.tokenize` there. Raises BadParameter for a text that the expert refuses, ExpertFault if it fails."""
         try:
             tokens = (await self._answer(self._stub.Tokenize(expert_pb2.TokenizeRequest(text=text)))).tokens
         except (grpc.aio.AioRpcError, ValueError) as error:
@@ -253,6 +253,9 @@ class ExpertConnection:
         """Raise what a failed `encode` or `tokenize` means."""
         if isinstance(error, ValueError):
             raise BadParameter(field, text, "valid Unicode without lone surrogates") from error
+        if error.code() is grpc.StatusCode.INTERNAL:
+            # The caller is not to blame, as TransportError would say.
+            raise ExpertFault(self.spec.name, f"it could not read the {field}; the expert's log has more") from error
         if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
             _raise(self.spec.name, error)
         allowed = f"text that expert {self.spec.name!r} can encode ({error.details()})"
