@@ -252,7 +252,6 @@ async def test_score_is_what_one_process_would_say(tmp_path: Path) -> None:
 
 SAMPLING = swarm_pb2.Sampling
 BAD: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
-    ({"prompt": ""}, grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
     ({"particle": "none"}, grpc.StatusCode.NOT_FOUND, "particle named 'none'"),
     ({"mixture": mixture({"e9": 1.0})}, grpc.StatusCode.NOT_FOUND, "expert named 'e9'"),
     ({"mixture": mixture({})}, grpc.StatusCode.INVALID_ARGUMENT, "weights"),

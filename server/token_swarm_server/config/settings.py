@@ -17,7 +17,7 @@ from token_swarm_server.config.places import default_cache
 
 ENV_PREFIX = "TOKEN_SWARM_"
 ENV_DELIMITER = "__"
-# Not keys: what the commands that call a server read their --token-file and --tls-... from.
+# Not keys: what the commands that call a server read their --token-file and --tls-... from, and the cap on the kernels.
 OTHER_VARIABLES = tuple(
     ENV_PREFIX + name for name in ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERTIFICATE", "TLS_KEY", "CPU_LEVEL")
 )

@@ -64,8 +64,6 @@ def request_from_proto(
 
     Raises BadParameter.
     """
-    if not message.prompt:
-        raise BadParameter("prompt", "", "a non-empty text")
     if message.unit not in _UNIT_OF:
         raise BadParameter("unit", message.unit, f"one of {sorted(_UNIT_OF)}")
     sampling = message.sampling
