@@ -19,7 +19,7 @@ from token_swarm_server.benchmark.tables import Table
 from token_swarm_server.telemetry.counts import Counts
 from token_swarm_server.telemetry.logs import JsonFormatter, RequestLog
 from token_swarm_server.telemetry.metrics import SwarmCollector
-from token_swarm_server.telemetry.observer import Observer, Outcome, Step
+from token_swarm_server.telemetry.observer import Observer, Step, Work
 from token_swarm_server.telemetry.tracing import TraceSink
 
 from bench.common import give
@@ -54,7 +54,8 @@ def write(observer: Observer, length: int) -> None:
                 watch.mixed(1e-4)
                 watch.mixed(1e-4)
             watch.text(1)
-        watch.finished(Outcome("max_bytes", {"a": length // 4, "b": length // 4}, {"a": 0.5, "b": 0.5}))
+        watch.worked(Work({"a": length // 4, "b": length // 4}, {"a": 0.5, "b": 0.5}))
+        watch.finished("max_bytes")
 
 
 def microseconds(observer: Observer, length: int, texts: int) -> float:

@@ -128,7 +128,9 @@ async def test_metrics_and_status_agree_on_what_happened(tmp_path: Path) -> None
 async def test_metrics_show_a_text_that_runs_and_one_that_is_cancelled(tmp_path: Path) -> None:
     async with coordinator(tmp_path, metrics=ANYWHERE, experts=endless()) as running:
         call = running.stub.Generate(swarm_pb2.GenerateRequest(prompt="ab", max_bytes=5000))
-        await call.read()
+        # Some chunks: the first bytes may still be inside a token.
+        for _ in range(20):
+            await call.read()
         found = await scrape(running)
         assert found["num_requests_running",] == 1
         assert found["expert_kv_sequences", "e0"] >= 1
@@ -138,6 +140,10 @@ async def test_metrics_show_a_text_that_runs_and_one_that_is_cancelled(tmp_path:
         found = await scrape(running)
         assert found["num_requests_running",] == 0
         assert found["request_failures_total", "CANCELLED"] == 1
+        # Its work counts in bytes and in tokens alike, the request as a whole in neither length nor latency.
+        assert found["generation_bytes_total",] > 0
+        assert found["generation_tokens_total", "e0"] > 0
+        assert found["request_generation_bytes_count",] == found["e2e_request_latency_seconds_count",] == 0
         late = running.stub.Generate(swarm_pb2.GenerateRequest(prompt="ab", max_bytes=5000), timeout=0.2)
         assert (await refused(late)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await nothing_held(running)

@@ -7,7 +7,7 @@ import contextlib
 from typing import Any
 
 from token_swarm_server.telemetry.counts import Counts
-from token_swarm_server.telemetry.observer import Observer, Outcome, Step, Watch
+from token_swarm_server.telemetry.observer import Observer, Step, Watch, Work
 from token_swarm_server.telemetry.status import LiveExpert
 
 from token_swarm.experts.contract import ExpertStats
@@ -30,9 +30,10 @@ def a_text(observer: Observer, *, error: BaseException | None = None, **call: An
         watch.mixed(0.001)
         watch.text(3)
         watch.text(2)
+        watch.worked(Work({"a": 2, "b": 1}, {"a": 0.25, "b": 0.75}, ("b",), 1, {"a": 5}, {"a": 3}))
         if error is not None:
             raise error
-        watch.finished(Outcome("max_bytes", {"a": 2, "b": 1}, {"a": 0.25, "b": 0.75}, ("b",), 1, {"a": 5}, {"a": 3}))
+        watch.finished("max_bytes")
     return watch
 
 
@@ -44,7 +45,7 @@ def busy() -> Counts:
     a_text(observer, error=asyncio.CancelledError())
     with observer.request("score", prompt_bytes=100) as watch:
         watch.admitted()
-        watch.finished(Outcome("scored"))
+        watch.finished("scored")
     observer.step(Step("a", 0.05, 0.04, submissions=2, batch=3, tokens=9, rows=3, logits_bytes=1200))
     observer.expert_changed("b", "down", "exited")
     return counts

@@ -80,9 +80,11 @@ def test_metrics_say_what_happened() -> None:
         "expert_step_tokens_sum": {a: 9, b: 0},
         "expert_transport_bytes_total": {a: 1200, b: 0},
         "prompt_tokens_total": {a: 8, b: 10},
-        "generation_tokens_total": {a: 2, b: 1},
-        "spec_decode_num_draft_tokens_total": {a: 5, b: 0},
-        "spec_decode_num_accepted_tokens_total": {a: 3, b: 0},
+        "generation_tokens_total": {a: 4, b: 2},
+        "spec_decode_num_draft_tokens_total": {a: 10, b: 0},
+        "spec_decode_num_accepted_tokens_total": {a: 6, b: 0},
+        "request_reopened_total": {(): 2},
+        "request_dropped_experts_total": {(): 2},
         "expert_up": {a: 1, b: 0},
         "expert_lost_total": {a: 0, b: 1},
         "expert_restarts_total": {a: 2, b: 0},
@@ -112,6 +114,28 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[str]:
             yield variable["definition"]
 
 
+def family(sample: str) -> str:
+    """The metric that a sample belongs to."""
+    return re.sub(r"_(bucket|count|sum|created)$", "", sample)
+
+
+def test_the_dashboard_shows_every_metric_of_the_server() -> None:
+    dashboard = json.loads((ROOT / "examples/grafana/token-swarm.json").read_text())
+    shown = {family(name) for text in expressions(dashboard) for name in re.findall(r"\btoken_swarm_\w+", text)}
+    exported = {family(name) for name in exposed(busy(), LIVE) if name.startswith(PREFIX)}
+    assert exported - shown == set()
+
+
+def test_panels_do_not_overlap() -> None:
+    dashboard = json.loads((ROOT / "examples/grafana/token-swarm.json").read_text())
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
 def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
     dashboard = json.loads((ROOT / "examples/grafana/token-swarm.json").read_text())
     known = exposed(busy(), LIVE)
@@ -135,7 +159,7 @@ def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
 def test_the_page_lists_every_metric() -> None:
     page = (ROOT / "docs/observability.md").read_text()
     described = set(re.findall(r"`(token_swarm_\w+)`", page))
-    names = {re.sub(r"_(bucket|count|sum|created)$", "", name) for name in exposed(busy(), LIVE)}
+    names = {family(name) for name in exposed(busy(), LIVE)}
     own = {name for name in names if name.startswith(PREFIX)}
     assert own == described
 
@@ -156,8 +180,13 @@ def test_status_and_rates_say_what_happened() -> None:
     assert (a["state"], a["batch"], a["steps_per_second"], a["tokens_per_second"]) == ("ready", 3, 0.25, 2.25)
     assert (a["kv_sequences"], a["kv_tokens"], a["kv_capacity"], a["engine"]) == (4, 50, 200, {"waiting": 7.0})
     assert (b["state"], b["reason"], b["batch"], b["kv_tokens"]) == ("down", "exited with code -9", None, None)
-    # A server that was started again counts from nothing.
+    # A server that was started again counts from nothing, also one that has run for longer by now.
     before.uptime_seconds = 20.0
+    assert rates(before, now)["interval_seconds"] == 14
+    before.uptime_seconds, before.requests.received = 10.0, 1000
+    assert rates(before, now)["interval_seconds"] == 14
+    before.requests.received = 0
+    before.experts[0].steps = 1000
     assert rates(before, now)["interval_seconds"] == 14
 
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from token_swarm_server.rpc.errors import ExpertUnavailable, QueueFull
 from token_swarm_server.telemetry.counts import Counts
-from token_swarm_server.telemetry.observer import Observer, Outcome, Sink, Watch, request_id
+from token_swarm_server.telemetry.observer import Observer, Sink, Watch, request_id
 
 from tests.unit.observed import a_text
 from token_swarm.errors import BadParameter
@@ -53,7 +53,7 @@ def test_a_request_ends_with_the_status_of_what_ended_it(
 def test_a_reader_that_leaves_with_the_last_message_was_served() -> None:
     watch = Observer().request("generate")
     with pytest.raises(asyncio.CancelledError), watch:
-        watch.finished(Outcome("end_of_text"))
+        watch.finished("end_of_text")
         raise asyncio.CancelledError
     assert (watch.status, watch.error) == ("OK", "")
 

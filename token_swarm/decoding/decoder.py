@@ -111,6 +111,11 @@ class Decoder:
         return bytes(self._text)
 
     @property
+    def shown(self) -> int:
+        """Bytes of the text that `take_text` has given out, or will next: those of complete code points."""
+        return self._shown - self._utf8.incomplete
+
+    @property
     def unit(self) -> MixingUnit:
         """What mixes the text now."""
         return self._unit
@@ -130,7 +135,7 @@ class Decoder:
 
     def carry_on(self, unit: MixingUnit) -> Calls:
         """Go on with a unit that has read `take_back()`; returns the operations that free what the old one held."""
-        self._earlier = self._use()
+        self._earlier = self.use
         self._earlier_tokens += self._unit.fewest_tokens()
         self._earlier_retired = max(self._earlier_retired, self._unit.retired)
         closing = self._forwards.close()
@@ -231,12 +236,14 @@ class Decoder:
             reason=self._reason,
             length=len(self._text),
             stop=self._stops.matched,
-            experts=self._use(),
+            experts=self.use,
             certificate=self._certificate,
             retired=max(self._earlier_retired, self._unit.retired),
         )
 
-    def _use(self) -> dict[str, ExpertUse]:
+    @property
+    def use(self) -> dict[str, ExpertUse]:
+        """What each expert contributed so far; of a text that has not ended as well."""
         use = dict(self._earlier)
         for index, group in enumerate(self._unit.groups):
             history = self._unit.history(index)

@@ -14,7 +14,7 @@ def rates(before: swarm_pb2.GetStatusResponse | None, now: swarm_pb2.GetStatusRe
 
     Seconds, bytes and tokens; what nothing is known of is None. A machine may read it: it is what --json prints.
     """
-    if before is None or before.uptime_seconds > now.uptime_seconds:
+    if before is None or _started_again(before, now):
         before = swarm_pb2.GetStatusResponse()
     seconds = max(now.uptime_seconds - before.uptime_seconds, 1e-9)
     was = {expert.expert: expert for expert in before.experts}
@@ -26,6 +26,16 @@ def rates(before: swarm_pb2.GetStatusResponse | None, now: swarm_pb2.GetStatusRe
         "requests": _requests(before.requests, now.requests, seconds),
         "experts": [_expert(was.get(e.expert, swarm_pb2.ExpertStatus()), e, seconds) for e in now.experts],
     }
+
+
+def _started_again(before: swarm_pb2.GetStatusResponse, now: swarm_pb2.GetStatusResponse) -> bool:
+    """Whether `now` is of another start of the server: its clock or a count went back."""
+    steps = {expert.expert: expert.steps for expert in now.experts}
+    return (
+        now.uptime_seconds < before.uptime_seconds
+        or now.requests.received < before.requests.received
+        or any(steps.get(expert.expert, 0) < expert.steps for expert in before.experts)
+    )
 
 
 def _requests(before: swarm_pb2.RequestStatus, now: swarm_pb2.RequestStatus, seconds: float) -> dict[str, Any]:

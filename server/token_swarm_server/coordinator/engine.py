@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
-from token_swarm.decoding.decoder import Finish
+from token_swarm.decoding.decoder import ExpertUse, Finish
 from token_swarm.decoding.ensemble import Ensemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.decoding.score import Score
@@ -22,7 +22,7 @@ from token_swarm_server.coordinator.mixing_pool import MixingPool
 from token_swarm_server.coordinator.recovery import Members, Prompt
 from token_swarm_server.coordinator.text import Generation, score_text
 from token_swarm_server.telemetry.breakdown import ExpertTime, Parts
-from token_swarm_server.telemetry.observer import Outcome, Watch
+from token_swarm_server.telemetry.observer import Watch, Work
 from token_swarm_server.telemetry.sinks import Observability
 
 _MOST_THREADS = 8
@@ -188,19 +188,10 @@ class Engine:
             finally:
                 self.running -= 1
                 self.texts.discard(text)
+                watch.worked(_work(text.use, members))
                 text.close()
         finish = text.finish
-        watch.finished(
-            Outcome(
-                reason=finish.reason.value,
-                tokens={name: use.tokens for name, use in finish.experts.items()},
-                shares={name: use.share for name, use in finish.experts.items()},
-                drafted={name: use.drafted for name, use in finish.experts.items()},
-                accepted={name: use.accepted for name, use in finish.experts.items()},
-                dropped=tuple(members.dropped),
-                reopened=members.reopened,
-            )
-        )
+        watch.finished(finish.reason.value)
         admitted = watch.admitted_at or watch.started_at
         yield Finished(
             finish=finish,
@@ -237,3 +228,15 @@ class Engine:
 
     def _allocate(self, expert: str) -> int:
         return self.links[expert].allocate_sequence()
+
+
+def _work(use: Mapping[str, ExpertUse], members: Members) -> Work:
+    """What was done for a text, however it ended."""
+    return Work(
+        tokens={name: own.tokens for name, own in use.items()},
+        shares={name: own.share for name, own in use.items()},
+        drafted={name: own.drafted for name, own in use.items()},
+        accepted={name: own.accepted for name, own in use.items()},
+        dropped=tuple(members.dropped),
+        reopened=members.reopened,
+    )

@@ -20,7 +20,7 @@ from token_swarm_server.coordinator.engine import Engine, Finished
 from token_swarm_server.coordinator.particle_store import ParticleStore
 from token_swarm_server.coordinator.recovery import Prompt
 from token_swarm_server.rpc.errors import DeadlineExceeded, Unavailable, abort, forget_frames
-from token_swarm_server.telemetry.observer import Outcome, Watch
+from token_swarm_server.telemetry.observer import Watch
 from token_swarm_server.telemetry.status import look, status_to_proto
 
 _logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
                     prompt = Prompt(request.prompt, request.chat, self._mixture(request))
                     plain = self._without_chat_template(prompt)
                     score = await self._engine.score(prompt, request.text, watch)
-                    watch.finished(Outcome("scored"))
+                    watch.finished("scored")
                     response = messages.score_to_proto(score, per_byte=request.per_byte)
                     response.without_chat_template.extend(plain)
                     return response

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from functools import partial
 
-from token_swarm.decoding.decoder import Decoder, Finish
+from token_swarm.decoding.decoder import Decoder, ExpertUse, Finish
 from token_swarm.decoding.ensemble import Ensemble
 from token_swarm.decoding.forwards import Outcome
 from token_swarm.decoding.request import DecodeRequest
@@ -75,6 +75,11 @@ class Generation:
         return self._opened.finish
 
     @property
+    def use(self) -> Mapping[str, ExpertUse]:
+        """What each expert contributed so far, by name; empty before the text was opened."""
+        return {} if self._decoder is None else self._decoder.use
+
+    @property
     def kind(self) -> Unit:
         """What is mixed."""
         return self._opened.unit.kind
@@ -118,7 +123,8 @@ class Generation:
                     await self._pool.settle()
                     for _ in range(_TURNS):
                         await asyncio.sleep(0)
-                self._watch.text(len(text.encode()))
+                # Not the length of `text`: bytes that are no UTF-8 are shown as a character of three.
+                self._watch.text(decoder.shown - self._watch.length)
                 started = time.perf_counter()
                 yield text
                 if self._round is None:

@@ -1,5 +1,9 @@
 """Totals and distributions since the server started: what /metrics and GetStatus are made of.
 
+The rule: work is counted when it is done, also for requests that are cancelled or fail (bytes, tokens, drafts, steps,
+seconds until the first byte and between chunks); what describes a request as a whole (its latency, its phases, its
+lengths) is counted for those that ended as they should.
+
 Counting is a few additions to plain numbers: a text is counted with every chunk. prometheus_client's own metrics take a
 lock per bucket and 1.3 us per value; here its collector reads these numbers when it is asked (`metrics.py`).
 """
@@ -88,7 +92,7 @@ class RequestCounts:
 
 @dataclass
 class ExpertCounts:
-    """One expert's work. `lost`: how often it went away. `tokens_out`: of its vocabulary, in the finished texts;
+    """One expert's work. `lost`: how often it went away. `tokens_out`: of its vocabulary, in the texts written;
     `drafted`, `accepted`: see `decoding.decoder.ExpertUse`."""
 
     lost: int = 0
@@ -158,18 +162,18 @@ class Counts(Sink):
             requests.waiting -= 1
         else:
             requests.running -= 1
-        outcome = watch.outcome
-        if watch.status != "OK" or outcome is None:
+        work = watch.work
+        requests.reopened += work.reopened
+        requests.dropped += len(work.dropped)
+        for name, tokens in work.tokens.items():
+            self.experts[name].tokens_out += tokens
+        for name, drafted in work.drafted.items():
+            self.experts[name].drafted += drafted
+            self.experts[name].accepted += work.accepted[name]
+        if watch.status != "OK" or watch.reason is None:
             requests.failed[watch.status] = requests.failed.get(watch.status, 0) + 1
             return
-        requests.succeeded[outcome.reason] = requests.succeeded.get(outcome.reason, 0) + 1
-        requests.reopened += outcome.reopened
-        requests.dropped += len(outcome.dropped)
-        for name, tokens in outcome.tokens.items():
-            self.experts[name].tokens_out += tokens
-        for name, drafted in outcome.drafted.items():
-            self.experts[name].drafted += drafted
-            self.experts[name].accepted += outcome.accepted[name]
+        requests.succeeded[watch.reason] = requests.succeeded.get(watch.reason, 0) + 1
         requests.total.add(watch.ended_at - watch.started_at)
         requests.prompt_size.add(watch.prompt_bytes)
         if watch.kind == "generate":

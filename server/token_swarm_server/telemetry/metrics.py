@@ -55,8 +55,8 @@ _EXPERT_COUNTERS = (
     ("expert_logit_rows", "Logit rows that came back.", "rows"),
     ("expert_transport_bytes", "Bytes of logits that came back.", "transport_bytes"),
     ("prompt_tokens", "Tokens of the prompts, in each expert's own vocabulary.", "prompt_tokens"),
-    ("generation_tokens", "Tokens of the finished texts, in each expert's own vocabulary.", "tokens_out"),
-    ("spec_decode_num_draft_tokens", "Tokens that were computed ahead of the finished texts.", "drafted"),
+    ("generation_tokens", "Tokens of the texts written, in each expert's own vocabulary.", "tokens_out"),
+    ("spec_decode_num_draft_tokens", "Tokens that were computed ahead of the texts.", "drafted"),
     ("spec_decode_num_accepted_tokens", "Of those, the ones that the texts went on with.", "accepted"),
 )
 _KV_GAUGES = (
@@ -92,8 +92,8 @@ class SwarmCollector(Collector):
         yield _by_label("request_failures", "Requests that did not, by gRPC status.", "code", requests.failed)
         yield _counter("prompt_bytes", "Bytes of prompts, and of texts to score.", requests.prompt_bytes)
         yield _counter("generation_bytes", "Bytes of text written.", requests.text_bytes)
-        yield _counter("request_reopened", "Times a lost expert read a finished text again.", requests.reopened)
-        yield _counter("request_dropped_experts", "Experts that finished texts went on without.", requests.dropped)
+        yield _counter("request_reopened", "Times a lost expert read a text again.", requests.reopened)
+        yield _counter("request_dropped_experts", "Experts that texts went on without.", requests.dropped)
         for name, text, field in _REQUEST_HISTOGRAMS:
             family = HistogramMetricFamily(PREFIX + name, text)
             _add(family, [], getattr(requests, field))

@@ -56,11 +56,11 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a text ended. `reason`: a FinishReason in lower case, such as max_bytes. By expert: `tokens`, `shares`, and
-    tokens that were `drafted` and of these `accepted`."""
+class Work:
+    """What was done for a text until it ended, however it did. By expert: `tokens` of the text, `shares`, and tokens
+    that were `drafted` and of these `accepted`. `dropped`: experts that it went on without; `reopened`: how often one
+    was lost and read the text again."""
 
-    reason: str
     tokens: Mapping[str, int] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
     dropped: Sequence[str] = ()
@@ -111,8 +111,8 @@ class Watch:
 
     __slots__ = (
         "_first_length", "_observer", "admitted_at", "chunks", "deadline", "ended_at", "error", "experts",
-        "first_text_at", "id", "kind", "last_text_at", "length", "mixing", "outcome", "parts", "prompt_bytes",
-        "prompt_tokens", "rule", "started_at", "status", "trace", "unit", "weights",
+        "first_text_at", "id", "kind", "last_text_at", "length", "mixing", "parts", "prompt_bytes",
+        "prompt_tokens", "reason", "rule", "started_at", "status", "trace", "unit", "weights", "work",
     )  # fmt: skip
 
     def __init__(
@@ -149,7 +149,9 @@ class Watch:
         self.first_text_at: float | None = None
         self.last_text_at: float | None = None
         self.ended_at: float | None = None
-        self.outcome: Outcome | None = None
+        self.work = Work()
+        self.reason: str | None = None
+        """How it ended as it should: a FinishReason in lower case, such as max_bytes, or scored."""
         self.status = ""
         """Name of the gRPC status; empty while the request runs."""
         self.error = ""
@@ -220,9 +222,13 @@ class Watch:
         for tell in self._observer.text:
             tell(self, n_bytes, gap)
 
-    def finished(self, outcome: Outcome) -> None:
+    def worked(self, work: Work) -> None:
+        """So much was done for the text, which is over; also one that was cancelled or failed."""
+        self.work = work
+
+    def finished(self, reason: str) -> None:
         """The text ended as it should. The request ends when the context is left."""
-        self.outcome = outcome
+        self.reason = reason
 
     @property
     def seconds_per_byte(self) -> float | None:
@@ -254,7 +260,7 @@ class Watch:
             name: str = code_pb2.Code.Name(to_status(error).code)
             return name
         # A client that has the last message may leave before the handler has ended: the text is complete.
-        if error is None or self.outcome is not None:
+        if error is None or self.reason is not None:
             return "OK"
         # grpc.aio cancels the handler for a client that left and for a deadline that passed alike.
         late = self.deadline is not None and time.perf_counter() >= self.deadline

@@ -77,7 +77,7 @@ class TraceSink(Sink):
 
     def _experts(self, watch: Watch, parent: trace.Span, start: int, end: int) -> None:
         context = trace.set_span_in_context(parent)
-        outcome = watch.outcome
+        work = watch.work
         for name, times in watch.experts.items():
             attributes: dict[str, str | int | float] = {
                 "token_swarm.expert": name,
@@ -88,10 +88,10 @@ class TraceSink(Sink):
                 "token_swarm.calls": times.calls,
                 "token_swarm.tokens_fed": times.tokens,
             }
-            if outcome is not None and name in outcome.tokens:
-                attributes["token_swarm.tokens"] = outcome.tokens[name]
-            if outcome is not None and name in outcome.shares:
-                attributes["token_swarm.share"] = outcome.shares[name]
+            if name in work.tokens:
+                attributes["token_swarm.tokens"] = work.tokens[name]
+            if name in work.shares:
+                attributes["token_swarm.share"] = work.shares[name]
             span = self._tracer.start_span(
                 f"token_swarm.expert {name}", context, start_time=start, attributes=attributes
             )
@@ -123,9 +123,9 @@ def _request_attributes(watch: Watch) -> dict[str, str | int | float]:
         attributes |= {"token_swarm.unit": watch.unit, "token_swarm.rule": watch.rule}
     if watch.error:
         attributes["error.type"] = watch.error
-    if watch.outcome is not None:
-        attributes["token_swarm.finish_reason"] = watch.outcome.reason
-        attributes["token_swarm.reopened"] = watch.outcome.reopened
-        if watch.outcome.dropped:
-            attributes["token_swarm.dropped"] = ",".join(watch.outcome.dropped)
+    if watch.reason is not None:
+        attributes["token_swarm.finish_reason"] = watch.reason
+        attributes["token_swarm.reopened"] = watch.work.reopened
+    if watch.work.dropped:
+        attributes["token_swarm.dropped"] = ",".join(watch.work.dropped)
     return attributes
