@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import grpc
@@ -24,6 +28,7 @@ def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("swarm")
     save_small_llama(folder / "one", 270)
     save_small_llama(folder / "two", 285)
+    (folder / "two" / "chat_template.jinja").write_text("{{ raise_exception('Ask me nothing') }}")
     particle = {
         "schema_version": 1,
         "name": "mostly-one",
@@ -53,6 +58,10 @@ def server(config):
             if line.startswith("serving on "):
                 break
         assert process.poll() is None, lines
+        warned = [line for line in lines if "chat" in line]
+        assert len(warned) == 1
+        assert warned[0].startswith("expert two: requests with chat will be refused: ")
+        assert warned[0].endswith("Ask me nothing\n")
         experts = psutil.Process(process.pid).children()
         assert len(experts) == 2
         yield f"unix:{config.parent}/s"
@@ -78,6 +87,51 @@ def test_generate_streams_the_text_and_reports_beside_it(server):
     assert 0 < document["bytes"] <= 12
     assert document["seed"] == 5
     assert {use["expert"] for use in document["experts"]} == {"one", "two"}
+
+
+def test_an_empty_prompt_begins_a_text(server):
+    done = run("generate", "--prompt", "", "--max-bytes", "9", "--seed", str(2**64 - 1), "--json", "--address", server)
+    document = json.loads(done.stdout)
+    assert 0 < document["bytes"] <= 9
+    assert document["seed"] == 2**64 - 1
+
+
+def test_a_reader_that_leaves_is_told_nothing(server):
+    command = [*CLI, "generate", "--prompt", "the cat", "--max-bytes", "400", "--seed", "5", "--address", server]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
+
+
+def test_a_full_disk_is_one_line(server):
+    with Path("/dev/full").open("wb") as full:
+        command = [*CLI, "generate", "--prompt", "the cat", "--max-bytes", "9", "--address", server]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == b"error: No space left on device\n"
+
+
+def test_top_ends_on_q_and_leaves_the_terminal_as_it_was(server):
+    controller, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    command = [*CLI, "top", "--interval", "0.2", "--address", server]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "40"}
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, env=environment) as process:
+        shown = b""
+        while b"q quits" not in shown:
+            shown += os.read(controller, 65536)
+        os.write(controller, b"q")
+        # What it still draws must be read, or it would wait.
+        while process.poll() is None:
+            if select.select([controller], [], [], 0.1)[0]:
+                os.read(controller, 65536)
+        assert process.returncode == 0
+    assert termios.tcgetattr(terminal) == before
+    os.close(controller)
+    os.close(terminal)
 
 
 def test_generate_takes_a_prompt_from_a_pipe_and_a_particle(server):
@@ -107,7 +161,8 @@ def test_particles_are_listed(server):
 
 
 BAD = {
-    "empty prompt": (["generate", "--prompt", ""], "prompt"),
+    "empty pipe": (["generate"], "standard input is empty"),
+    "chat": (["generate", "--chat", "--prompt", "x"], "expert 'two' can encode (the model's chat template fails for a"),
     "unknown expert": (["generate", "--prompt", "x", "--weights", "three=1"], "'three'; known: one, two"),
     "unknown particle": (["score", "--text", "x", "--particle", "p"], "'p'; known: mostly-one"),
     "temperature": (["generate", "--prompt", "x", "--temperature", "-1"], "temperature: -1.0"),

@@ -284,3 +284,8 @@ def test_a_rivals_process_answers_fails_and_ends(tmp_path):
         child.close()
     with pytest.raises((ChildError, ValueError)):
         child.send(value=1)
+
+
+def test_a_prompt_out_of_an_empty_text_is_refused():
+    with pytest.raises(BadParameter, match="text: '' is not allowed"):
+        prompt(8, 0, "")

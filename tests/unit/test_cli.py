@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from token_swarm_server.assets import search_data
-from token_swarm_server.cli import app, options, session
+from token_swarm_server.benchmark import tables as benchmark
+from token_swarm_server.cli import app, options, report, session
 from token_swarm_server.cli.client import plain
 from token_swarm_server.cli.demo import Demo, Word, Written, carried_words
 from token_swarm_server.cli.demo_display import DemoDisplay
@@ -52,7 +57,128 @@ def test_help_teaches_by_example(command):
     assert f"token-swarm {command}" in result.stdout
 
 
+@pytest.mark.parametrize("command", ["", *COMMANDS, "tokens", "bench", "particles show"])
+def test_help_has_a_short_flag_and_fits_a_terminal(command):
+    result = run(*command.split(), "-h")
+    assert result.exit_code == 0
+    assert result.stdout == run(*command.split(), "--help").stdout
+    assert "-h, --help" in result.stdout
+
+
+def test_the_version_is_printed():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"token-swarm {version('token-swarm')}\n")
+
+
+def test_shells_complete_commands():
+    asked = {"_TOKEN_SWARM_COMPLETE": "complete_bash", "COMP_WORDS": "token-swarm part", "COMP_CWORD": "1"}
+    environment = {**os.environ, **asked}
+    command = [sys.executable, "-c", "from token_swarm_server.cli import main; main()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["particles"]
+    assert "--install-completion" in run("--help").stdout
+
+
+@pytest.mark.parametrize("group", ["tokens", "bench"])
+def test_a_group_without_a_command_shows_its_help(group):
+    result = run(group)
+    assert result.exit_code == 2
+    assert f" {group} [OPTIONS] COMMAND [ARGS]..." in result.stderr.splitlines()[0]
+    assert "error" not in result.stderr
+
+
+LONG = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma3")
+
+
+def long_tables():
+    experts = [
+        swarm_pb2.ExpertInfo(
+            name=name, architecture="Qwen2MoeForCausalLM", group=1, vocabulary_size=262144, max_context=131072,
+            dtype="bfloat16", state=state,
+        )
+        for name, state in zip(LONG, (2, 2, 3), strict=True)
+    ]  # fmt: skip
+    uses = [
+        swarm_pb2.ExpertUsage(
+            expert=name, share=0.3334, tokens=12345, forwards=23456, wasted_forwards=1234, draft_tokens=12345,
+            accepted_draft_tokens=9999,
+        )
+        for name in LONG
+    ]  # fmt: skip
+    finish = swarm_pb2.Finish(bytes=12345, experts=uses, timings=swarm_pb2.Timings(total_seconds=123.4))
+    weights = [swarm_pb2.ExpertWeight(expert=name, weight=-1 / 3) for name in LONG]
+    particle = swarm_pb2.ParticleInfo(
+        name="mostly-code-2025", mixture=swarm_pb2.Mixture(rule=swarm_pb2.RULE_LOG_LINEAR, weights=weights),
+        utility="bits_per_byte", dev_score=-1.234567, test_score=-1.234567,
+    )  # fmt: skip
+    bits = dict.fromkeys(LONG, 1.23456)
+    score = {
+        "bits_per_byte": {"ensemble": 1.2, "experts": bits},
+        "token_level": {"experts": bits},
+        "tokens": dict.fromkeys(LONG, 123456),
+    }
+    load = benchmark.Table(
+        "Under load", ("load", "mixture", "requests", "TTFT", "TPOT", "ITL", "E2EL", "requests/s", "bytes/s"),
+        [("8 streams", "ensemble", "32", *["12,345 / 12,345 / 12,345"] * 4, "12.34", "123,456.7")],
+    )  # fmt: skip
+    return {
+        "experts": report.experts_table(experts),
+        "finish": report.finish_table(finish),
+        "particles": report.particles_table([particle]),
+        "score": report.score_table(score),
+        "bench": load.rich(80),
+    }
+
+
+@pytest.mark.parametrize("table", ["experts", "finish", "particles", "score", "bench"])
+def test_tables_are_readable_at_80_columns(table):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(long_tables()[table])
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    whole = {
+        "experts": ("262,144", "131,072", "down"),
+        "finish": ("23456", "9999/12345"),
+        "particles": ("-1.235",),
+        "score": ("1.2346", "123456"),
+        "bench": ("12,345 / 12,345 / 12,345", "123,456.7"),
+    }
+    for number in whole[table]:
+        assert number in shown
+
+
+@pytest.mark.parametrize("name", ["TLS_CA", "TOKEN_FILE"])
+def test_a_variable_that_is_wrong_is_named_instead_of_its_flag(monkeypatch, name):
+    monkeypatch.setenv(f"TOKEN_SWARM_{name}", "/no/file")
+    line = refused("generate", "--prompt", "x")
+    assert line.startswith(f"error: environment: TOKEN_SWARM_{name}: ")
+    assert "No such file" in line
+    flag = f"--{name.lower().replace('_', '-')}"
+    assert refused("generate", "--prompt", "x", flag, "/none").startswith(f"error: {flag}: ")
+
+
+def test_a_misspelt_variable_is_refused_by_clients_as_well(monkeypatch):
+    monkeypatch.setenv("TOKEN_SWARM_TOKN", "secret")
+    line = refused("generate", "--prompt", "x")
+    assert "environment: TOKEN_SWARM_TOKN: unknown (did you mean TOKEN_SWARM_TOKEN?)" in line
+    assert "secret" not in line
+
+
+def test_an_empty_input_is_refused_and_an_empty_prompt_is_none():
+    assert "--prompt: standard input is empty" in refused("generate", stdin=b"")
+
+
+def test_a_benchmark_that_could_not_be_saved_is_not_run(tmp_path):
+    assert f"--save: {tmp_path} cannot be written: Is a directory" in refused("bench", "load", "--save", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert "cannot be written: File exists" in refused("bench", "load", "--save", str(tmp_path / "file" / "x"))
+
+
 BAD = {
+    "a prompt without its flag": (["generate", "hello"], ["(hello)", "--prompt TEXT"]),
+    "log level": (["serve", "--config", "c", "--log-level", "x"], ["--log-level': 'x' is not one of 'debug'"]),
+    "a flag of no command": (["--vers"], ["--vers"]),
     "unknown command": (["generat"], ["generat"]),
     "unknown flag": (["generate", "--promt", "x"], ["--promt"]),
     "not a number": (
@@ -151,6 +277,18 @@ def test_an_address_in_use_is_refused_before_anything_starts(tmp_path, family):
     assert f"coordinator.listen: {listen} is in use" in line
 
 
+def test_an_experts_address_in_use_is_refused_before_its_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        line = refused("expert", "a", "--model", "/no/model", "--address", address)
+    assert f"--address: {address} is in use" in line
+
+
+def test_a_folder_of_particles_that_is_missing_is_found_before_anything_starts(tmp_path):
+    (tmp_path / "c.yaml").write_text("experts: {a: {model: /no/model}}\ncoordinator: {particles: none}\n")
+    assert f"{tmp_path}/none" in refused("serve", "--config", str(tmp_path / "c.yaml"), "--listen", "127.0.0.1:0")
+
+
 def test_an_error_shows_no_terminal_sequences(tmp_path):
     assert "\\x1b[31m" in refused("particles", "show", str(tmp_path / "a\x1b[31mb"))
 
@@ -162,7 +300,9 @@ def test_particles_of_a_folder(tmp_path):
     assert [each["name"] for each in listed] == ["p"]
     assert listed[0]["mixture"]["rule"] == "log_linear"
     assert listed[0]["mixture"]["weights"][1] == {"expert": "b", "weight": -1.0, "temperature": None}
-    assert "a=0.25, b=-1" in run("particles", "--dir", str(tmp_path)).stdout
+    shown = run("particles", "--dir", str(tmp_path)).stdout
+    assert "a=0.25 " in shown
+    assert "b=-1 " in shown
     assert run("particles", "show", str(tmp_path / "p.json")).stdout == particle.to_json()
 
 

@@ -64,7 +64,8 @@ class Stretch:
         times = [1000 * sample.per_byte for sample in self.samples if sample.per_byte is not None]
         summary = Summary.of(times)
         if summary is None:
-            raise BadParameter("max_bytes", "this few", "enough for texts of at least two pieces")
+            longest = max((sample.length for sample in self.samples), default=0)
+            raise BadParameter("max_bytes", longest, "more: a time per byte needs texts of two pieces or more")
         return summary.median
 
     @property

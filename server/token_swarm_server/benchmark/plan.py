@@ -42,7 +42,7 @@ class Plan:
         """One request; `seed` chooses the prompt and the draw."""
         return swarm_pb2.GenerateRequest(
             prompt=prompt(self.prompt_bytes, seed, self.text),
-            sampling=swarm_pb2.Sampling(temperature=self.temperature, seed=seed),
+            sampling=swarm_pb2.Sampling(temperature=self.temperature, seed=seed % 2**64),
             max_bytes=self.max_bytes,
             epsilon=self.epsilon,
             draft_tokens=self.draft_tokens,

@@ -48,6 +48,8 @@ def prompt(length: int, seed: int, text: str = PASSAGE) -> str:
     if length < 1:
         raise BadParameter("prompt_bytes", length, "an integer >= 1")
     starts = [0, *(at + 2 for at in range(len(text) - 2) if text[at : at + 2] in (". ", ".\n"))]
+    if not text:
+        raise BadParameter("text", text, "at least one character long")
     start = random.Random(seed).choice(starts)
     whole = (text[start:] + text).encode()
     while len(whole) < length:

@@ -45,17 +45,35 @@ class Table:
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])])
 
-    def rich(self) -> RichTable:
-        """For a terminal."""
+    def rich(self, width: int | None = None) -> RichTable:
+        """For a terminal of `width` columns (None: any): where the rows do not fit, each becomes a block of lines."""
+        wide = self._framed(self.columns, self.rows)
+        if width is None or self._width <= width:
+            return wide
+        blocks: list[Sequence[str]] = []
+        for label, *values in self.rows:
+            blocks.append((label, ""))
+            blocks += (("  " + name, value) for name, value in zip(self.columns[1:], values, strict=True))
+        return self._framed((self.columns[0], ""), blocks)
+
+    @property
+    def _width(self) -> int:
+        """Columns that the widest rows take, two apart."""
+        return sum(max(map(len, column)) + 2 for column in zip(self.columns, *self.rows, strict=True)) - 2
+
+    def _framed(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
+        from rich.box import SIMPLE_HEAD
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        # Square brackets are markup to rich.
-        caption = escape(self.note) or None
-        table = RichTable(title=escape(self.title), caption=caption, title_justify="left", caption_justify="left")
-        for number, column in enumerate(self.columns):
-            table.add_column(escape(column), justify="right" if number else "left")
-        for row in self.rows:
+        table = RichTable(
+            box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+            # Square brackets are markup to rich.
+            title=escape(self.title), caption=escape(self.note) or None, title_justify="left", caption_justify="left",
+        )  # fmt: skip
+        for number, column in enumerate(columns):
+            table.add_column(escape(column), justify="right" if number else "left", overflow="fold")
+        for row in rows:
             table.add_row(*map(escape, row))
         return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,7 @@ bench = typer.Typer(
 
 Alone = Annotated[bool, typer.Option("--alone/--no-alone", help="Measure each expert alone as well.")]
 Rounds = Annotated[int, typer.Option(help="Times that everything is measured, in turns.", min=1)]
-Seed = Annotated[int, typer.Option(help="Chooses prompts, arrivals and draws.", min=0)]
+Seed = Annotated[int, typer.Option(help="Chooses prompts, arrivals and draws.", min=0, max=2**64 - 1)]
 Temperature = Annotated[float, typer.Option(help="0 is greedy: the same work every time.", min=0)]
 Text = Annotated[
     Path | None, typer.Option(help="UTF-8 text to cut the prompts from.  [default: one of its own]", metavar="FILE")
@@ -191,6 +192,8 @@ def _run(
 
     if config is not None and address is not None:
         raise CliError("--address: leave it out, --config starts a server of its own")
+    if save is not None:
+        _require_writable(save)
     settings = load_settings(config) if config else None
     if settings is not None:
         # A download here shows its progress; the server's would not.
@@ -216,7 +219,6 @@ def _run(
     described = config_facts(settings) if settings else {"address": address or DEFAULT_LISTEN}
     report = session.run(main())
     if save is not None:
-        save.parent.mkdir(parents=True, exist_ok=True)
         save.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(report))
@@ -227,8 +229,18 @@ def _run(
         console.print(describe(facts), highlight=False)
         for table in tables(report):
             if table is not None:
-                console.print(table.rich())
+                console.print(table.rich(console.width))
     _require_answers(report)
+
+
+def _require_writable(save: Path) -> None:
+    """Make the file's folder. Raises CliError now for a file that could not be written when all is measured."""
+    try:
+        save.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(f"--save: {save} cannot be written: {error.strerror}") from error
+    if save.is_dir() or not os.access(save if save.exists() else save.parent, os.W_OK):
+        raise CliError(f"--save: {save} cannot be written: {'Is a directory' if save.is_dir() else 'no permission'}")
 
 
 def _require_answers(report: dict[str, Any]) -> None:

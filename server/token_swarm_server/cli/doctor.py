@@ -44,7 +44,9 @@ def doctor(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(show_header=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, finding in findings.items():
         table.add_row(name, str(finding))
     Console().print(table)

@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from token_swarm.experts.vllm.options import check_options, parse_options
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import CliError
+from token_swarm_server.cli.serve import require_free
 from token_swarm_server.config.places import default_cache
 from token_swarm_server.config.settings import EXPERT_NAME, ExpertSettings, ServerTls, Settings
+from token_swarm_server.telemetry.logs import configure_warnings
 
 
 def expert(
@@ -62,6 +64,7 @@ def expert(
     from token_swarm_server.expert_server.process import ExpertStartError, run_expert
     from token_swarm_server.expert_server.process import stop_when_input_ends as stop_with
 
+    configure_warnings()
     if stop_when_input_ends:
         stop_with()
     if not re.fullmatch(EXPERT_NAME, name):
@@ -95,6 +98,7 @@ def expert(
     tls = _tls(tls_certificate, tls_key, tls_client_ca, tls_client_name or [])
     access = Access(tls, allow_insecure=allow_insecure, tls_prefix="--tls-")
     access.require_usable(address, "--address")
+    require_free(address, "--address")
     console = session.stderr_console()
     alone = Settings.model_construct(experts={name: settings}, cache=cache or default_cache())
     models = session.ready_models(alone, console)

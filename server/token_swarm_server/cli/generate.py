@@ -71,12 +71,21 @@ def generate(
     credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
     pieces: list[str] = []
 
+    def show(text: str) -> None:
+        pieces.append(text)
+        write_text(text)
+
     async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> swarm_pb2.Finish:
         from token_swarm_server.cli.client import stream_text
 
-        return await stream_text(stub, request, pieces.append if as_json else write_text)
+        return await stream_text(stub, request, pieces.append if as_json else show)
 
-    finish = session.with_server(address, config, call, credentials)
+    try:
+        finish = session.with_server(address, config, call, credentials)
+    except BaseException:
+        if pieces and not as_json:
+            end_line()
+        raise
     if as_json:
         print_json("".join(pieces), finish)
     else:
@@ -88,6 +97,12 @@ def write_text(text: str) -> None:
     """Write a piece at once, in UTF-8 whatever the locale is."""
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
+
+
+def end_line() -> None:
+    """End the line of the text where a person reads it; what is piped stays the text to the byte."""
+    if sys.stdout.isatty():
+        print(flush=True)
 
 
 def print_json(text: str, finish: swarm_pb2.Finish) -> None:
@@ -102,8 +117,7 @@ def print_summary(finish: swarm_pb2.Finish) -> None:
     """The table of what each expert did; the text before it ends its line first, where a person reads it."""
     from token_swarm_server.cli.report import finish_line, finish_table
 
-    if sys.stdout.isatty():
-        print(flush=True)
+    end_line()
     console = session.stderr_console()
     console.print(finish_line(finish), soft_wrap=True, highlight=False)
     console.print(finish_table(finish))

@@ -96,12 +96,9 @@ def compare(
 
 
 def _side_by_side(loaded: list[Particle]) -> Table:
-    from rich.table import Table
+    from token_swarm_server.cli.report import plain_table
 
-    table = Table()
-    table.add_column("")
-    for each in loaded:
-        table.add_column(each.name, justify="right")
+    table = plain_table("", *(each.name for each in loaded), texts=[each.name for each in loaded])
 
     def row(head: str, cells: Iterable[object]) -> None:
         table.add_row(head, *("-" if cell is None else str(cell) for cell in cells))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from token_swarm.v1 import swarm_pb2
@@ -16,17 +17,26 @@ _UNITS = swarm_pb2.Unit.DESCRIPTOR
 _RULES = swarm_pb2.Rule.DESCRIPTOR
 
 
-def _table(first: str, *numbers: str) -> Table:
-    table = Table()
-    table.add_column(first)
-    for number in numbers:
-        table.add_column(number, justify="right")
+def plain_table(first: str, *others: str, texts: Collection[str] = ()) -> Table:
+    """A table that fits 80 columns: without frames, and what is too long goes on in the next line.
+
+    Columns are numbers, which are never broken, but for `first` and those in `texts`.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        if name in texts:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
-def experts_table(experts: Iterable[swarm_pb2.ExpertInfo]) -> Table:
-    """What runs; experts of one group share their tokens."""
-    table = _table("expert", "architecture", "group", "vocabulary", "context", "dtype", "state")
+def experts_table(experts: Collection[swarm_pb2.ExpertInfo]) -> Table:
+    """What runs; experts of one group share their tokens. tokens: of the vocabulary; context: the most in a text."""
+    ready = all(each.state == swarm_pb2.EXPERT_STATE_READY for each in experts)
+    heads = ("expert", "model", "group", "tokens", "context", "dtype", *(() if ready else ("state",)))
+    table = plain_table(*heads, texts=("model", "state"))
     for each in experts:
         table.add_row(
             each.name,
@@ -35,7 +45,7 @@ def experts_table(experts: Iterable[swarm_pb2.ExpertInfo]) -> Table:
             f"{each.vocabulary_size:,}",
             f"{each.max_context:,}",
             each.dtype,
-            enum_name(_STATES, each.state),
+            *(() if ready else (enum_name(_STATES, each.state),)),
         )
     return table
 
@@ -56,7 +66,7 @@ def finish_line(finish: swarm_pb2.Finish) -> str:
 def finish_table(finish: swarm_pb2.Finish) -> Table:
     """What each expert did for a text, and how long a byte and one of its tokens took."""
     seconds = finish.timings.total_seconds
-    table = _table("expert", "share", "tokens", "forwards", "wasted", "drafts", "ms/byte", "ms/token")
+    table = plain_table("expert", "share", "tokens", "forwards", "wasted", "drafts", "ms/byte", "ms/token")
     for use in finish.experts:
         table.add_row(
             use.expert,
@@ -64,7 +74,7 @@ def finish_table(finish: swarm_pb2.Finish) -> Table:
             str(use.tokens),
             str(use.forwards),
             str(use.wasted_forwards),
-            f"{use.accepted_draft_tokens} of {use.draft_tokens}" if use.draft_tokens else "-",
+            f"{use.accepted_draft_tokens}/{use.draft_tokens}" if use.draft_tokens else "-",
             _milliseconds(seconds, finish.bytes),
             _milliseconds(seconds, use.tokens),
         )
@@ -77,7 +87,7 @@ def _milliseconds(seconds: float, count: int) -> str:
 
 def score_table(report: Mapping[str, Any]) -> Table:
     """Bits per byte of a text under the ensemble and under each expert."""
-    table = _table("model", "bits/byte", "of its tokens", "tokens")
+    table = plain_table("model", "bits/byte", "of its tokens", "tokens")
     table.add_row("ensemble", f"{report['bits_per_byte']['ensemble']:.4f}", "", "")
     for name, bits in report["bits_per_byte"]["experts"].items():
         own = report["token_level"]["experts"][name]
@@ -87,15 +97,15 @@ def score_table(report: Mapping[str, Any]) -> Table:
 
 def particles_table(particles: Iterable[swarm_pb2.ParticleInfo]) -> Table:
     """Named mixtures."""
-    table = _table("particle", "rule", "weights", "utility", "dev", "test")
+    table = plain_table("particle", "rule", "weights", "utility", "dev", "test", texts=("rule", "weights", "utility"))
     for each in particles:
-        weights = ", ".join(f"{weight.expert}={weight.weight:g}" for weight in each.mixture.weights)
+        weights = "\n".join(f"{weight.expert}={weight.weight:.4g}" for weight in each.mixture.weights)
         table.add_row(
             each.name,
             enum_name(_RULES, each.mixture.rule).replace("_", "-"),
             weights,
             each.utility or "-",
-            f"{each.dev_score:g}" if each.HasField("dev_score") else "-",
-            f"{each.test_score:g}" if each.HasField("test_score") else "-",
+            f"{each.dev_score:.4g}" if each.HasField("dev_score") else "-",
+            f"{each.test_score:.4g}" if each.HasField("test_score") else "-",
         )
     return table

@@ -47,6 +47,7 @@ def serve(
       TOKEN_SWARM_COORDINATOR__EPSILON=0.001 token-swarm serve
     `token-swarm examples` writes examples/.
     """
+    from token_swarm_server.coordinator.particle_store import ParticleStore
     from token_swarm_server.launch.allocator import give_back_large_blocks
     from token_swarm_server.rpc.host import public_access
 
@@ -54,11 +55,12 @@ def serve(
     given = ({"listen": listen} if listen else {}) | ({"allow_insecure": True} if allow_insecure else {})
     settings = load_settings(config or DEMO_CONFIG, **({"coordinator": given} if given else {}))
     logs.configure(log_format, log_level)
-    _require_free(settings.coordinator.listen, "coordinator.listen")
+    require_free(settings.coordinator.listen, "coordinator.listen")
     if settings.coordinator.metrics.listen is not None:
-        _require_free(settings.coordinator.metrics.listen, "coordinator.metrics.listen")
+        require_free(settings.coordinator.metrics.listen, "coordinator.metrics.listen")
     # Before minutes of loading.
     public_access(settings.coordinator).require_usable(settings.coordinator.listen, "coordinator.listen")
+    ParticleStore.load(settings.coordinator.particles)
     console = _log_console() if log_format is LogFormat.JSON else session.stderr_console()
     models = session.ready_models(settings, console)
     session.run(_serve(settings, models, console, table=log_format is LogFormat.TEXT))
@@ -71,8 +73,8 @@ def _log_console() -> Console:
     return Console(file=logs.LineLog(), width=1000, color_system=None)
 
 
-def _require_free(listen: str, field: str) -> None:
-    """Report an address in use before the experts are loaded; the coordinator would do so after."""
+def require_free(listen: str, field: str) -> None:
+    """Report an address in use before models are loaded; the server would do so after. Raises CliError."""
     if listen.startswith("unix:"):
         with socket.socket(socket.AF_UNIX) as probe:
             taken = probe.connect_ex(listen.removeprefix("unix:")) == 0

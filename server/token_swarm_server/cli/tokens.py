@@ -72,9 +72,10 @@ def list_tokens(file: File, as_json: options.Json = False) -> None:
         print(json.dumps({"tokens": [{"name": each.name, "created": each.created} for each in entries]}))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("name", "created")
+    from token_swarm_server.cli.report import plain_table
+
+    table = plain_table("name", "created")
     for each in entries:
         table.add_row(each.name, each.created)
     Console().print(table)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +20,12 @@ if TYPE_CHECKING:
     from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 
 _ANSWER_SECONDS = 5.0
+_QUIT = "q quits"
+_LEGEND = (
+    "batch: sequences in a step; tokens/s: tokens read, of prompts and drafts as well; step: mean time of one; busy: "
+    f"share of the time in one; seqs: held/fit; KV: share in use. All of the last interval. {_QUIT}; top --help says "
+    "more"
+)
 _STATES = {"ready": "green", "starting": "yellow", "down": "red"}
 
 
@@ -33,7 +42,24 @@ def top(
 ) -> None:
     """Watch a running server: its experts, requests and rates.
 
-    Runs until Ctrl-C; where the output is no terminal, for one interval.
+    Runs until q or Ctrl-C; where the output is no terminal, for one interval. Rates and times are of the last interval.
+
+    \b
+    Times:
+      queue           from arrival until a request holds KV on its experts
+      first byte      from arrival until its first text
+      between chunks  from one piece of text to the next
+      whole request   from arrival to the end
+    Columns of the experts:
+      restarts  how often it came back after it was lost
+      queue     calls that wait for its next step
+      batch     sequences in one step, mean
+      steps/s   steps answered a second
+      tokens/s  tokens read a second: of prompts, of texts, and drafted ones
+      step      from sending a step to its answer, mean
+      busy      share of the time in which a step was under way
+      seqs      sequences that it holds, of those that fit
+      KV        share of its KV positions in use
 
     \b
     Examples:
@@ -81,21 +107,64 @@ async def _ask(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> swarm_pb2.GetStatu
 async def _live(console: Console, stub: swarm_pb2_grpc.SwarmServiceAsyncStub, interval: float) -> None:
     """A screen that outlives the server: one that does not answer may come back."""
     import grpc
+    from rich.console import Group
     from rich.live import Live
 
-    seen = False
-    with Live("waiting for the first interval", console=console, screen=True, auto_refresh=False) as live:
-        live.refresh()
+    async def show(live: Live) -> None:
+        seen = False
         while True:
             try:
                 async for now in _figures(stub, interval):
                     seen = True
-                    live.update(view(now), refresh=True)
+                    live.update(Group(view(now), "", _LEGEND), refresh=True)
             except grpc.aio.AioRpcError as error:
                 if not seen or error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
-                live.update("the server does not answer; asking again", refresh=True)
+                live.update(f"the server does not answer; asking again\n\n{_QUIT}", refresh=True)
                 await asyncio.sleep(interval)
+
+    first = f"waiting for the first interval\n\n{_QUIT}"
+    with Live(first, console=console, screen=True, auto_refresh=False) as live, _keys() as quit_pressed:
+        live.refresh()
+        shown, ended = asyncio.create_task(show(live)), asyncio.create_task(quit_pressed.wait())
+        try:
+            await asyncio.wait({shown, ended}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            if not shown.done():
+                shown.cancel()
+        if shown.done():
+            await shown
+
+
+@contextmanager
+def _keys() -> Iterator[asyncio.Event]:
+    """An event that q sets from now on, without Enter; on leaving the terminal is what it was."""
+    pressed = asyncio.Event()
+    if not sys.stdin.isatty():
+        yield pressed
+        return
+    import termios
+    import tty
+
+    loop, terminal = asyncio.get_running_loop(), sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+
+    def read() -> None:
+        # An end of the input is no reason to stop, and would be read for ever.
+        typed = os.read(terminal, 64)
+        if not typed:
+            loop.remove_reader(terminal)
+        elif b"q" in typed.lower():
+            pressed.set()
+
+    tty.setcbreak(terminal)
+    loop.add_reader(terminal, read)
+    try:
+        yield pressed
+    finally:
+        loop.remove_reader(terminal)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def view(now: dict[str, Any]) -> RenderableType:

@@ -15,10 +15,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from token_swarm_server.config.settings import (
-    OTHER_VARIABLES,
     ENV_DELIMITER,
     ENV_PREFIX,
     EXPERT_NAME,
+    OTHER_VARIABLES,
     CoordinatorSettings,
     Settings,
 )
