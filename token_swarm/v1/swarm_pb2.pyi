@@ -341,7 +341,8 @@ class GenerateRequest(_message.Message):
     """What happens when an expert fails."""
     draft_tokens: _builtins.int
     """Most tokens, at most 16, that each expert may compute beyond what the text needs at that point, because they came
-    there before; the text stays the same. 0: none. Absent: the server's default. Fewer while many texts are written.
+    there before. 0: none. Absent: the server's default. Fewer while many texts are written. The text stays the same
+    where experts compute in float32; in bfloat16 and float16 the rounding of a row depends on its batch.
     """
     @_builtins.property
     def mixture(self) -> Global___Mixture:

@@ -52,11 +52,13 @@ class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unit.ValueType],
     UNIT_UNSPECIFIED: _Unit.ValueType  # 0
     """The same as UNIT_AUTO."""
     UNIT_AUTO: _Unit.ValueType  # 1
-    """Tokens if the experts with non-zero weight share one vocabulary, else bytes."""
+    """Tokens if the experts with non-zero weight share one vocabulary and tokenization, else bytes."""
     UNIT_TOKEN: _Unit.ValueType  # 2
-    """Tokens; only for experts that share one vocabulary."""
+    """Tokens; only for experts that share one vocabulary and tokenization."""
     UNIT_BYTE: _Unit.ValueType  # 3
-    """Bytes; exact for any experts."""
+    """Bytes; exact for any experts. Experts that share one vocabulary and tokenization are mixed by tokens all the same,
+    which is the same distribution over texts.
+    """
     UNIT_UNION: _Unit.ValueType  # 4
     """Tokens of all vocabularies as strings, after one tokenization of the text: GaC and UniTE, for comparison. What
     Sampling asks for acts on the mixed distribution.
@@ -68,11 +70,13 @@ class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
 UNIT_UNSPECIFIED: Unit.ValueType  # 0
 """The same as UNIT_AUTO."""
 UNIT_AUTO: Unit.ValueType  # 1
-"""Tokens if the experts with non-zero weight share one vocabulary, else bytes."""
+"""Tokens if the experts with non-zero weight share one vocabulary and tokenization, else bytes."""
 UNIT_TOKEN: Unit.ValueType  # 2
-"""Tokens; only for experts that share one vocabulary."""
+"""Tokens; only for experts that share one vocabulary and tokenization."""
 UNIT_BYTE: Unit.ValueType  # 3
-"""Bytes; exact for any experts."""
+"""Bytes; exact for any experts. Experts that share one vocabulary and tokenization are mixed by tokens all the same,
+which is the same distribution over texts.
+"""
 UNIT_UNION: Unit.ValueType  # 4
 """Tokens of all vocabularies as strings, after one tokenization of the text: GaC and UniTE, for comparison. What
 Sampling asks for acts on the mixed distribution.
@@ -92,7 +96,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_END_OF_TEXT: _FinishReason.ValueType  # 2
     """The ensemble chose to end the text."""
     FINISH_REASON_MAX_BYTES: _FinishReason.ValueType  # 3
-    """The request's max_bytes, or the server's, was reached."""
+    """The request's max_bytes was reached, or the 1024 of a request without any limit."""
     FINISH_REASON_MAX_TOKENS: _FinishReason.ValueType  # 4
     """The request's max_tokens was reached."""
     FINISH_REASON_CONTEXT_FULL: _FinishReason.ValueType  # 5
@@ -108,7 +112,7 @@ FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 1
 FINISH_REASON_END_OF_TEXT: FinishReason.ValueType  # 2
 """The ensemble chose to end the text."""
 FINISH_REASON_MAX_BYTES: FinishReason.ValueType  # 3
-"""The request's max_bytes, or the server's, was reached."""
+"""The request's max_bytes was reached, or the 1024 of a request without any limit."""
 FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 4
 """The request's max_tokens was reached."""
 FINISH_REASON_CONTEXT_FULL: FinishReason.ValueType  # 5
@@ -124,7 +128,7 @@ class _ExpertStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertSta
     EXPERT_STATE_UNSPECIFIED: _ExpertState.ValueType  # 0
     """Never sent."""
     EXPERT_STATE_STARTING: _ExpertState.ValueType  # 1
-    """The process runs and the model is being loaded."""
+    """The process runs and the model is being loaded. Not sent by this server, which answers once all experts are there."""
     EXPERT_STATE_READY: _ExpertState.ValueType  # 2
     """The expert answers."""
     EXPERT_STATE_DOWN: _ExpertState.ValueType  # 3
@@ -136,7 +140,7 @@ class ExpertState(_ExpertState, metaclass=_ExpertStateEnumTypeWrapper):
 EXPERT_STATE_UNSPECIFIED: ExpertState.ValueType  # 0
 """Never sent."""
 EXPERT_STATE_STARTING: ExpertState.ValueType  # 1
-"""The process runs and the model is being loaded."""
+"""The process runs and the model is being loaded. Not sent by this server, which answers once all experts are there."""
 EXPERT_STATE_READY: ExpertState.ValueType  # 2
 """The expert answers."""
 EXPERT_STATE_DOWN: ExpertState.ValueType  # 3
@@ -243,15 +247,15 @@ class Sampling(_message.Message):
     MIN_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy. Absent: the server's default."""
+    """0 is greedy, then nothing below counts. Absent: 1."""
     top_k: _builtins.int
-    """Keep the k most probable tokens, at least 1. Absent: all of them."""
+    """Keep the k most probable tokens, and those that tie with the last of them. 0 or absent: all tokens."""
     top_p: _builtins.float
-    """Keep the most probable tokens whose mass reaches p, 0 < p <= 1. Absent: 1."""
+    """Keep the most probable tokens whose mass reaches p, 0 < p <= 1. Absent: 1, all tokens."""
     min_p: _builtins.float
-    """Keep tokens at least this fraction as probable as the most probable one, 0 <= p <= 1. Absent: 0."""
+    """Keep tokens at least this fraction as probable as the most probable one, 0 <= p <= 1. Absent: 0, all tokens."""
     seed: _builtins.int
-    """Seed of the draw. Absent: the server picks one and reports it."""
+    """Seed of the draw, any 64-bit value. Absent: the server picks one and reports it."""
     def __init__(
         self,
         *,
@@ -308,9 +312,11 @@ class GenerateRequest(_message.Message):
     ON_EXPERT_FAILURE_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Name of the request in logs and traces. Empty: the server picks one."""
+    """Name of the request in logs and traces: up to 64 printable ASCII characters, others are left out. Empty: the server
+    picks one. The metadata x-request-id of the answer says it.
+    """
     prompt: _builtins.str
-    """Text to continue; may be empty."""
+    """Text to continue. Empty: the text begins where each expert's texts begin, after its BOS or else its EOS token."""
     chat: _builtins.bool
     """Render the prompt as the user's turn of each expert's chat template. Experts without one read the plain prompt;
     FAILED_PRECONDITION where none has one.
@@ -320,10 +326,12 @@ class GenerateRequest(_message.Message):
     unit: Global___Unit.ValueType
     """What is mixed."""
     max_bytes: _builtins.int
-    """Most bytes to write, at least 1. Absent: the server's limit."""
+    """Most bytes to write, at least 1; a character that they would cut is left out. Absent: no limit where max_tokens is
+    given, else 1024.
+    """
     max_tokens: _builtins.int
-    """Most tokens to write, at least 1, counted in tokens of the unit mixed, or for bytes of the expert with the
-    largest weight. Absent: no limit.
+    """Most tokens to write, at least 1, counted in tokens of the expert whose tokenizer needs the fewest for the text.
+    Absent: no limit.
     """
     epsilon: _builtins.float
     """Most total variation that cutting unlikely tokenizations may add to a next-byte law, from 0 (exact) to
@@ -333,7 +341,8 @@ class GenerateRequest(_message.Message):
     """What happens when an expert fails."""
     draft_tokens: _builtins.int
     """Most tokens, at most 16, that each expert may compute beyond what the text needs at that point, because they came
-    there before; the text stays the same. 0: none. Absent: the server's default. Fewer while many texts are written.
+    there before. 0: none. Absent: the server's default. Fewer while many texts are written. The text stays the same
+    where experts compute in float32; in bfloat16 and float16 the rounding of a row depends on its batch.
     """
     @_builtins.property
     def mixture(self) -> Global___Mixture:
@@ -431,9 +440,9 @@ class ExpertUsage(_message.Message):
     tokens: _builtins.int
     """Tokens of the expert's own vocabulary that the text came to."""
     forwards: _builtins.int
-    """Positions the expert computed after the prompt."""
+    """Logit rows that were asked of the expert, the first one after the prompt."""
     wasted_forwards: _builtins.int
-    """Those of them whose tokenization was abandoned."""
+    """Of these, rows after tokens that the text did not take."""
     share: _builtins.float
     """Mean posterior share of the expert in the chosen bytes or tokens, from 0 to 1."""
     draft_tokens: _builtins.int
@@ -470,11 +479,11 @@ class Timings(_message.Message):
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
     BREAKDOWN_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
-    """From arrival until the first expert got work."""
+    """From arrival until the request held KV at all its experts."""
     first_byte_seconds: _builtins.float
     """From arrival until the first chunk was written. Absent: there was none."""
     total_seconds: _builtins.float
-    """From arrival until the finish."""
+    """From arrival until this message."""
     @_builtins.property
     def breakdown(self) -> Global___Breakdown:
         """The total by cause. Absent: the text did not get to its experts."""
@@ -726,7 +735,9 @@ class ScoreRequest(_message.Message):
     MIXTURE_FIELD_NUMBER: _builtins.int
     PER_BYTE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Name of the request in logs and traces. Empty: the server picks one."""
+    """Name of the request in logs and traces: up to 64 printable ASCII characters, others are left out. Empty: the server
+    picks one. The metadata x-request-id of the answer says it.
+    """
     prompt: _builtins.str
     """Text that comes before, not scored; may be empty."""
     text: _builtins.str

@@ -28,8 +28,7 @@ if _version_not_supported:
 class SwarmServiceStub(object):
     """SwarmService generates and scores text with an ensemble.
 
-    Errors carry google.rpc details: BadRequest for INVALID_ARGUMENT, RetryInfo for RESOURCE_EXHAUSTED and
-    UNAVAILABLE.
+    Errors carry google.rpc details: BadRequest for a field that cannot be used, RetryInfo where asking again may help.
     """
 
     def __init__(self, channel):
@@ -68,8 +67,7 @@ class SwarmServiceStub(object):
 class SwarmServiceServicer(object):
     """SwarmService generates and scores text with an ensemble.
 
-    Errors carry google.rpc details: BadRequest for INVALID_ARGUMENT, RetryInfo for RESOURCE_EXHAUSTED and
-    UNAVAILABLE.
+    Errors carry google.rpc details: BadRequest for a field that cannot be used, RetryInfo where asking again may help.
     """
 
     def Generate(self, request, context):
@@ -146,8 +144,7 @@ def add_SwarmServiceServicer_to_server(servicer, server):
 class SwarmService(object):
     """SwarmService generates and scores text with an ensemble.
 
-    Errors carry google.rpc details: BadRequest for INVALID_ARGUMENT, RetryInfo for RESOURCE_EXHAUSTED and
-    UNAVAILABLE.
+    Errors carry google.rpc details: BadRequest for a field that cannot be used, RetryInfo where asking again may help.
     """
 
     @staticmethod

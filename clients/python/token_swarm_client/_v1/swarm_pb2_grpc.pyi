@@ -29,8 +29,7 @@ GRPC_VERSION: str
 class SwarmServiceStub:
     """SwarmService generates and scores text with an ensemble.
 
-    Errors carry google.rpc details: BadRequest for INVALID_ARGUMENT, RetryInfo for RESOURCE_EXHAUSTED and
-    UNAVAILABLE.
+    Errors carry google.rpc details: BadRequest for a field that cannot be used, RetryInfo where asking again may help.
     """
 
     @_typing.overload
@@ -52,8 +51,7 @@ class SwarmServiceStub:
 class SwarmServiceAsyncStub(SwarmServiceStub):
     """SwarmService generates and scores text with an ensemble.
 
-    Errors carry google.rpc details: BadRequest for INVALID_ARGUMENT, RetryInfo for RESOURCE_EXHAUSTED and
-    UNAVAILABLE.
+    Errors carry google.rpc details: BadRequest for a field that cannot be used, RetryInfo where asking again may help.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -71,8 +69,7 @@ class SwarmServiceAsyncStub(SwarmServiceStub):
 class SwarmServiceServicer(metaclass=_abc_1.ABCMeta):
     """SwarmService generates and scores text with an ensemble.
 
-    Errors carry google.rpc details: BadRequest for INVALID_ARGUMENT, RetryInfo for RESOURCE_EXHAUSTED and
-    UNAVAILABLE.
+    Errors carry google.rpc details: BadRequest for a field that cannot be used, RetryInfo where asking again may help.
     """
 
     @_abc_1.abstractmethod
