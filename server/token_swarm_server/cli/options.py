@@ -70,7 +70,9 @@ UnitOption = Annotated[
 Epsilon = Annotated[float | None, typer.Option(help="Most total variation that a next-byte law may be off; 0: exact.")]
 DraftTokens = Annotated[
     int | None,
-    typer.Option(help="Most tokens to compute ahead of the text; in float32 it stays the same.", min=0, max=MOST_DRAFT_TOKENS),
+    typer.Option(
+        help="Most tokens to compute ahead of the text; in float32 it stays the same.", min=0, max=MOST_DRAFT_TOKENS
+    ),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Render the prompt as the user's turn of a chat.")]
 Cache = Annotated[
