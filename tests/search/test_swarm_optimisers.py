@@ -214,3 +214,27 @@ def test_one_expert_is_a_search_too() -> None:
         space = Space(("a",), rule)
         best = climb(ParticleSwarm(space, smooth=True), lambda x: -((x - 0.7) ** 2).sum(axis=1))
         assert best.position[0] == pytest.approx(1.0 if rule is Rule.LINEAR else 0.7, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["swarm", "model-swarms", "cma", "differential-evolution", "random"])
+@pytest.mark.parametrize("iterations", [1, 2, 7])
+def test_as_many_iterations_as_asked_are_evaluated(name: str, iterations: int) -> None:
+    """Every batch is better than the one before, so that nothing but the budget ends the search."""
+    optimiser = make_optimiser(name, SPACES["log-linear"], {"particles": 6, "iterations": iterations}, seed=0)
+    batches = 0
+    while not optimiser.done:
+        batches += 1
+        optimiser.tell(optimiser.ask(), np.full(len(optimiser.ask()), float(batches)))
+    # CMA-ES and differential evolution may find that they have converged.
+    assert batches <= iterations
+    assert batches == iterations or name in ("cma", "differential-evolution")
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5, 8, 21])
+def test_the_polish_keeps_to_the_iterations(iterations: int) -> None:
+    optimiser = make_optimiser("swarm", SPACES["log-linear"], {"particles": 6, "iterations": iterations}, smooth=True, seed=0)
+    batches = 0
+    while not optimiser.done:
+        batches += 1
+        optimiser.tell(optimiser.ask(), -((optimiser.ask() - 0.3) ** 2).sum(axis=1))
+    assert batches <= iterations

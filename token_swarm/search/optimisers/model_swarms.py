@@ -22,7 +22,7 @@ class ModelSwarmsSettings:
     """The paper's hyperparameters, with its defaults. Raises BadParameter for values it gives no meaning to."""
 
     particles: int = 20  # N
-    iterations: int = 50  # K
+    iterations: int = 50  # K, the start counted: as many batches are evaluated
     inertia: float = 0.4  # φ_v
     cognitive: float = 0.3  # φ_p
     social: float = 0.3  # φ_g
@@ -117,9 +117,9 @@ class ModelSwarms(Swarm):
             if utilities[worst] < self._worst_utility:
                 self._worst, self._worst_utility = self.x[worst].copy(), float(utilities[worst])
         self._last = utilities
-        # The starting particles are iteration 0: they are evaluated, not moved.
-        self._ended = self.iteration >= self.settings.iterations or self.stale_iterations >= self.settings.patience
+        # The starting particles are the first iteration: they are evaluated, not moved.
         self.iteration += 1
+        self._ended = self.iteration >= self.settings.iterations or self.stale_iterations >= self.settings.patience
 
     def _move(self) -> None:
         given = self.settings

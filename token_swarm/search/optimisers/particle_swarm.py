@@ -21,6 +21,7 @@ class SwarmSettings:
 
     particles: int = 20
     iterations: int = 50
+    """Most batches that are evaluated, the start and the polish among them."""
     inertia: float = 0.7298
     cognitive: float = 1.49618
     social: float = 1.49618
@@ -30,7 +31,7 @@ class SwarmSettings:
     """On a smooth utility, the swarm hands over to the polish when the better half of its personal bests is this close
     together, or when half of the iterations are used up."""
     rounds: int = 20
-    """Most rounds of the polish, on a smooth utility; 0 leaves it out."""
+    """Most rounds of the polish, two iterations each, on a smooth utility; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         """Refuse senseless values by name."""
@@ -84,13 +85,14 @@ class ParticleSwarm(Swarm):
             return
         self.remember(utilities)
         given = self.settings
-        limit = given.iterations // 2 if self._smooth else given.iterations
-        last = self.iteration >= limit or self.stale_iterations >= given.patience
         self.iteration += 1
+        limit = (given.iterations + 1) // 2 if self._smooth else given.iterations
+        last = self.iteration >= limit or self.stale_iterations >= given.patience
         if last or (self._smooth and self._gathered()):
             best = self.best
             if self._smooth and best is not None:
-                self._polish = Polish(self.space, best, given.rounds)
+                affordable = (given.iterations - self.iteration) // 2
+                self._polish = Polish(self.space, best, min(given.rounds, affordable))
             self._ended = self._polish is None or self._polish.done
             return
         self._move()
