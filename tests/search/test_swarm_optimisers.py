@@ -232,7 +232,8 @@ def test_as_many_iterations_as_asked_are_evaluated(name: str, iterations: int) -
 
 @pytest.mark.parametrize("iterations", [1, 2, 5, 8, 21])
 def test_the_polish_keeps_to_the_iterations(iterations: int) -> None:
-    optimiser = make_optimiser("swarm", SPACES["log-linear"], {"particles": 6, "iterations": iterations}, smooth=True, seed=0)
+    given = {"particles": 6, "iterations": iterations}
+    optimiser = make_optimiser("swarm", SPACES["log-linear"], given, smooth=True, seed=0)
     batches = 0
     while not optimiser.done:
         batches += 1

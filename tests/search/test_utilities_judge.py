@@ -16,7 +16,7 @@ from token_swarm.errors import BadParameter
 from token_swarm.particle import Mixture
 from token_swarm.search.data import PromptExample
 from token_swarm.search.utilities import Generations, Judge, JudgeClient, JudgeSettings
-from token_swarm.search.utilities.judge import parse_score
+from token_swarm.search.utilities.judge_reply import parse_score
 from token_swarm.search.utility import UtilityUnavailable
 
 
@@ -83,9 +83,73 @@ def client(endpoint: Endpoint, folder: Path | None = None, **settings: Any) -> t
         ("I give it seven.", None),
         ("It answers 3 of 5 questions", None),
         ("", None),
+        ("Rating: [[7]]", 7),
+        ("[[7]]", 7),
+        ("Rating: [[7/10]]", 7),
+        ("Score: 7/10", 7),
+        ("**7**", 7),
+        ("7 out of 10", 7),
+        ("I'd give this a 7.", 7),
+        ("I’d give this a 7", 7),
+        ("I would rate this answer an 8 out of 10.", 8),
+        ("I rate it 6/10", 6),
+        ("Score: **7**", 7),
+        ("**Score:** 7", 7),
+        ("**Score**: 7", 7),
+        ("**Score: 7**", 7),
+        ("**Score: 7/10**", 7),
+        ("## Rating\n\n**7**", 7),
+        ("Overall rating: 9/10. In 2024 things changed.", 9),
+        ("My rating is 4", 4),
+        ("The answer deserves a 3.", 3),
+        ("Score - 7", 7),
+        ("Score: 7/100", None),
+        ("Score: 85", None),
+        ("Rating: 4/5", None),
+        ("4/5", None),
+        ("In 2024 the model said 5 things.", None),
+        ("In 2024, I'd say it is good. There are 3 errors.", None),
+        ("It lists 10 items and 7 are right.", None),
+        ("The score", None),
+        ("<think>maybe Score: 3</think>Score: 8", 8),
+        ("<think>maybe 3", None),
+        ("8\n\nThe answer is clear. It names 2 facts.", 8),
+        ("The answer is clear. It names 2 facts.\n\n8", 8),
+        ("Score: -3", None),
+        ("100%", None),
+        ("Score: 10.", 10),
+        ("Score: 10/10", 10),
+        ("7.", 7),
+        ("`7`", 7),
+        ('{"score": 7}', 7),
+        ('{"rating": "8"}', 8),
+        ("1. It is good.\n2. It is short.", None),
+        ("Score:\n7", 7),
+        ("Score (1-10): 7", 7),
+        ("Score out of 10: 7", 7),
+        ("Grade: 5", 5),
+        ("Final score is 6", 6),
+        ("I'd score it 7", 7),
+        ("2024", None),
+        ("Score: 2024", None),
+        ("The 2023 score of 50 is", None),
+        ("Rated 7/10 on 3/10/2024", 7),
+        ("10/10/2024", None),
+        ("3/10/2024", None),
+        ("Rating: 7 stars", 7),
+        ("It gets 3 facts right. Rating: 5", 5),
+        ("It gets 3 facts right.", None),
+        ("It gets 3 of 5 right", None),
+        ("I give it 7 points", 7),
+        ("On a scale of 1 to 10, I'd give it a 6.", 6),
+        ("On a scale from 1 to 10: 6", 6),
+        ("The answer is about 9 planets.", None),
+        ("Score: seven", None),
+        ("Score: 8 - good", 8),
+        ("Score 8", 8),
     ],
 )
-def test_a_reply_is_parsed_strictly(reply: str, score: int | None) -> None:
+def test_the_score_of_a_reply_is_found_and_no_other_number(reply: str, score: int | None) -> None:
     assert parse_score(reply) == score
 
 
@@ -147,12 +211,16 @@ def test_a_refusal_is_not_tried_again(endpoint: Endpoint, status: int) -> None:
     assert len(endpoint.requests) == 1
 
 
-def test_a_reply_without_a_score_is_asked_again_and_then_counts_as_the_lowest(endpoint: Endpoint) -> None:
+def test_a_reply_without_a_score_is_asked_again_and_then_counts_as_the_lowest(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
     endpoint.replies = ["Well.", "Score: 9", "Hm.", "Hm.", "Hm.", "Score: 5"]
     judge, _ = client(endpoint, retries=2)
     assert [judge.score("q", text) for text in "abc"] == [9, 1, 5]
     assert judge.usage.unparsed == 1
     assert judge.usage.retries == 3
+    assert judge.usage.note == ("the judge gave 1 text no score, counted as 1; it said: 'Hm.' of the answer 'b' to 'q'")
+    assert "no score can be read from 'Hm.'" in caplog.text
 
 
 def test_a_judge_that_never_scores_stops_the_search(endpoint: Endpoint) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import re
 import time
 import urllib.error
 import urllib.request
@@ -19,14 +19,17 @@ from token_swarm.errors import BadParameter
 from token_swarm.files import replacing
 from token_swarm.search.data import PromptExample
 from token_swarm.search.utilities.generation import GeneratedUtility, Generations
+from token_swarm.search.utilities.judge_reply import HIGHEST, LOWEST, parse_score
 from token_swarm.search.utility import UtilityUnavailable
 
-LOWEST, HIGHEST = 1, 10
+logger = logging.getLogger(__name__)
+
 INSTRUCTION = (
     "You grade an assistant's answer. Judge how helpful, correct and well written it is, on a scale from 1 (useless) "
     "to 10 (perfect). Reply with one line and nothing else: Score: <integer from 1 to 10>"
 )
-_SCORE = re.compile(r"score\W{0,8}(\d+)(?!\d|\.\d)", re.IGNORECASE)
+_UNREAD = 3
+"""Replies without a score of which an excerpt is kept."""
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -45,7 +48,8 @@ class JudgeSettings:
     key_variable: str | None = None
     retries: int = 3
     timeout: float = 60.0
-    max_tokens: int = 32
+    max_tokens: int = 256
+    """Room for a judge that explains itself before it gives its score."""
     prompt_price: float = 0.0
     completion_price: float = 0.0
     budget: float | None = None
@@ -62,7 +66,10 @@ class JudgeSettings:
 
 @dataclass
 class JudgeUsage:
-    """What the judge was asked and what that cost. unparsed: texts that it gave no score, which count as the lowest."""
+    """What the judge was asked and what that cost.
+
+    unparsed: texts that it gave no score, which count as the lowest; unread: excerpts of its replies to the first few.
+    """
 
     requests: int = 0
     retries: int = 0
@@ -70,6 +77,15 @@ class JudgeUsage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+    unread: list[str] = field(default_factory=list)
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know of it, in a line; None where every text got a score."""
+        if not self.unparsed:
+            return None
+        texts = "1 text" if self.unparsed == 1 else f"{self.unparsed} texts"
+        return f"the judge gave {texts} no score, counted as {LOWEST}; it said: {'; '.join(self.unread)}"
 
 
 @dataclass
@@ -99,7 +115,11 @@ class JudgeClient:
                 self._keep(key, score, reply)
                 return score
             self.usage.retries += attempt < self.settings.retries
+        excerpt = f"{_excerpt(reply)} of the answer {_excerpt(text)} to {_excerpt(prompt)}"
+        logger.warning("judge %s: no score can be read from %s; it counts as %d", self.settings.model, excerpt, LOWEST)
         self.usage.unparsed += 1
+        if len(self.usage.unread) < _UNREAD:
+            self.usage.unread.append(excerpt)
         self._unparsed_in_a_row += 1
         if self._unparsed_in_a_row == 5:
             raise UtilityUnavailable(
@@ -179,11 +199,8 @@ class _BadReply(ValueError):
     """What came back is no chat completion."""
 
 
-def parse_score(reply: str) -> int | None:
-    """The integer of the last "Score: n", or of a reply that is nothing but a number; None outside 1 to 10."""
-    found = _SCORE.findall(reply) or re.findall(r"^\W*(\d+)(?:\s*/\s*10)?\W*$", reply)
-    score = int(found[-1]) if found else 0
-    return score if LOWEST <= score <= HIGHEST else None
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 class Judge(GeneratedUtility[PromptExample]):
