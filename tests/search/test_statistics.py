@@ -106,6 +106,44 @@ def test_pairing_sees_what_the_single_intervals_hide() -> None:
     assert comparison.p_value < 0.05
 
 
+@pytest.mark.parametrize("kind", ["likelihood", "accuracy", "harmonic", "impossible"])
+def test_the_interval_excludes_0_exactly_where_the_test_rejects(kind: str) -> None:
+    """A headline that says "not distinguishable" beside an interval without 0 cannot happen."""
+    random = np.random.default_rng(7)
+    seen = set()
+    for _ in range(60):
+        scores = normal(random, shift=0.12, items=25)
+        if kind in ("accuracy", "harmonic"):
+            values = (random.random((2, 40)) < np.array([[0.75], [0.5]])).astype(float)
+            scores = Scores(values, np.ones(40))
+        if kind == "harmonic":
+            scores = HarmonicScores(scores.values, np.ones(40), tasks=np.arange(40) % 2, logarithmic=(False, False))
+        if kind == "impossible":
+            scores.values[1, 3] = -np.inf
+        comparison = compare(scores, 0, 1, resamples=499)
+        assert comparison.significant == (comparison.p_value < 0.05)
+        bounds = comparison.difference
+        assert comparison.significant == (not bounds.low <= 0 <= bounds.high)
+        assert bounds.low <= bounds.value <= bounds.high
+        seen.add(comparison.significant)
+    assert kind == "impossible" or seen == {True, False}
+
+
+def test_the_interval_of_a_difference_covers_it_as_often_as_it_says() -> None:
+    random = np.random.default_rng(8)
+    covered = 0
+    for _ in range(300):
+        bounds = compare(normal(random, shift=0.2, items=20), 0, 1, resamples=399).difference
+        covered += bounds.low <= 0.2 <= bounds.high
+    assert 271 <= covered <= 299  # 0.95 of 300, within four standard deviations
+
+
+def test_too_few_examples_for_any_certainty_have_no_bounds() -> None:
+    bounds = compare(Scores(np.array([[1.0, 2.0, 1.5], [0.0, 0.0, 0.0]]), np.ones(3)), 0, 1).difference
+    assert (bounds.low, bounds.high) == (-math.inf, math.inf)
+    assert Measure.of("loglikelihood").span(bounds) == "no bounds"
+
+
 def test_a_mixture_is_not_better_than_itself() -> None:
     comparison = compare(normal(np.random.default_rng(5)), 1, 1)
     assert comparison.difference == Interval(0.0, 0.0, 0.0)

@@ -116,7 +116,8 @@ def comparison_table(table: Comparison, measure: Measure) -> Table:
             "-" if against is None else f"{against.p_value:.2g}",
             style="bold" if row.kind == "learned" else None,
         )
-    shown.caption = "95% bootstrap intervals; p: paired permutation test"
+    test = "paired permutation test" if table.plain else "paired bootstrap"
+    shown.caption = f"95% bootstrap intervals; p: {test} against {table.best_expert}"
     return shown
 
 

@@ -42,7 +42,8 @@ class Table:
 
     certificate: see `Optimum`, of the oracle on dev in nats per byte. on_test: whether the
     comparisons and `emergence` (see `statistics`; for accuracies) are of the test examples. gained: examples that no
-    single expert gets right and the learned particle does, of `nobody` that none gets right.
+    single expert gets right and the learned particle does, of `nobody` that none gets right. plain: whether the utility
+    is a plain mean over the examples, which decides the test (see `Resampling.compare`).
     """
 
     rows: tuple[Row, ...]
@@ -52,6 +53,7 @@ class Table:
     emergence: Array | None = None
     gained: int | None = None
     nobody: int | None = None
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def make_table(
     judged = dev if test is None else test
     rows = _rows(entries, dev, test, best, seed)
     more = _emergence(task, result, judged, len(experts), evaluator)
-    return Table(rows, entries[best].name, certificate, test is not None, **more)
+    return Table(rows, entries[best].name, certificate, test is not None, plain=type(judged) is Scores, **more)
 
 
 def _reference(name: str, task: Task, budget: Mapping[str, Any], seed: int, evaluator: Evaluator) -> list[_Entry]:

@@ -43,5 +43,7 @@ class Measure:
 
     def span(self, interval: Interval, *, signed: bool = False) -> str:
         """The interval in digits: "1.0312 to 1.0977"."""
+        if not any(map(math.isfinite, (interval.low, interval.high))):
+            return "no bounds"
         sign = "+" if signed else ""
         return " to ".join(f"{bound:{sign}.{self.digits}f}" for bound in self.bounds(interval))

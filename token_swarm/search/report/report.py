@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from html import escape
@@ -19,6 +20,7 @@ from token_swarm.search.run.run import CONFIG, HISTORY, Result, Task
 
 REPORT, COMPARISON = "report.html", "comparison.json"
 _ROUNDING = 1e-15
+_TESTS = {True: "a permutation of each example's two values", False: "a bootstrap of the examples"}
 
 
 def write_report(folder: Path, task: Task, result: Result, table: Table) -> Path:
@@ -47,7 +49,7 @@ def write_report(folder: Path, task: Task, result: Result, table: Table) -> Path
 
 def comparison_json(table: Table) -> dict[str, Any]:
     """The table for machines; utilities as they are, not as they are shown."""
-    return {
+    document = {
         "best_expert": table.best_expert,
         "certificate": table.certificate,
         "compared_on": "test" if table.on_test else "dev",
@@ -58,6 +60,17 @@ def comparison_json(table: Table) -> dict[str, Any]:
         "gained": table.gained,
         "nobody": table.nobody,
     }
+    finite: dict[str, Any] = _finite(document)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null for a score of something impossible, and for a bound that is none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _page(
@@ -107,7 +120,7 @@ def _summary(task: Task, result: Result, table: Table, measure: Measure) -> str:
     against = learned.against_best
     if against is not None:
         verdict = "better than" if against.difference.value > 0 else "worse than"
-        if against.p_value >= 0.05:
+        if not against.significant:
             verdict = "not distinguishable from"
         sentences.append(
             f"That is {verdict} the best single expert on dev, {table.best_expert}: "
@@ -135,8 +148,9 @@ def _score_table(table: Table, measure: Measure) -> str:
     head += [f"against {table.best_expert} ({where})", "p", "wins : losses", "evaluations", "seconds"]
     lines = [_row(row, measure) for row in table.rows]
     note = (
-        "Intervals are 95% percentile bootstraps over examples; p is of a two-sided paired permutation test against "
-        f"the best single expert on dev. Wins and losses are counted in {where} examples."
+        "Intervals of scores are 95% percentile bootstraps over examples. p is of a two-sided paired test against the "
+        f"best single expert on dev, {_TESTS[table.plain]}; the interval of a difference holds what that test does not "
+        f"reject, so it excludes 0 where p is below 0.05. Wins and losses are counted in {where} examples."
     )
     if table.certificate is not None:
         # What is left is never known better than a float64 sum is.
@@ -148,7 +162,8 @@ def _score_table(table: Table, measure: Measure) -> str:
         note += " The oracle's evaluations are its iterations."
     rows = "\n".join(lines)
     header = "".join(f"<th>{escape(each)}</th>" for each in head)
-    return f"<div class='wide'><table><tr>{header}</tr>\n{rows}\n</table></div><p class='note'>{escape(note)}</p>"
+    whole = f"<div class='wide'><table class='scores'><tr>{header}</tr>\n{rows}\n</table></div>"
+    return f"{whole}<p class='note'>{escape(note)}</p>"
 
 
 def _row(row: Row, measure: Measure) -> str:
@@ -210,8 +225,11 @@ h1 { margin-bottom: .3rem; } h2 { margin-top: 2rem; }
 img { max-width: 100%; display: block; margin: .8rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid #e6e9ed; white-space: nowrap; }
+th, td { text-align: right; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid #e6e9ed; }
 th:first-child, td:first-child, .facts td { text-align: left; }
+.scores td:first-child { white-space: nowrap; }
+.facts td { overflow-wrap: anywhere; } .facts th { white-space: nowrap; }
+@media print { .wide { overflow: visible; } }
 th { color: #5b6673; font-weight: 600; } td small { display: block; color: #5b6673; }
 tr.learned td { font-weight: 600; background: #eef5fb; } tr.oracle td { color: #8a3d6e; }
 """

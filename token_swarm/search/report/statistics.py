@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,14 +27,22 @@ class Interval:
 class Comparison:
     """By how much one mixture is better than another on the same examples, and how likely that is chance.
 
-    difference: its utility minus the other's, with a paired bootstrap interval; p_value: of a two-sided paired
-    permutation test; wins, losses: examples on which it is better, worse.
+    difference: its utility minus the other's; p_value: of a two-sided paired test; wins, losses: examples on which it
+    is better, worse. The interval holds the differences that the same test does not reject, so that it excludes 0
+    exactly where p_value is below 1 - level: a headline and the interval beside it cannot contradict each other, as
+    they did while one came of a permutation test and the other of a bootstrap. level: of the interval.
     """
 
     difference: Interval
     p_value: float
     wins: int
     losses: int
+    level: float = 0.95
+
+    @property
+    def significant(self) -> bool:
+        """Whether the test rejects that there is no difference; then the interval excludes 0."""
+        return self.p_value < _alpha(self.level)
 
 
 class Resampling:
@@ -54,23 +63,34 @@ class Resampling:
         return Interval(float(self._utilities[mixture]), *_percentiles(self._drawn[:, mixture], self._level))
 
     def compare(self, one: int, other: int) -> Comparison:
-        """Mixture `one` against mixture `other`.
+        """Mixture `one` against mixture `other`, by one test that gives p-value and interval.
 
-        The permutation test swaps the two on each example with probability 1/2 (Good 2005, section 3.7); its p-value
-        counts the observed one among the swaps, so that it is never 0.
+        For a plain mean it is the paired permutation test, which swaps the two on each example with probability 1/2
+        (Good 2005, section 3.7), and its inversion (see `_shifts`); the observed one counts among the swaps, so that
+        p is never 0. A mean that is not plain cannot be shifted example by example: there it is the paired bootstrap,
+        p being twice the smaller share of resamples on one side of 0.
         """
         pair = replace(self._scores, values=self._scores.values[[one, other]], failures=())
         observed = float(_minus(self._utilities[one], self._utilities[other]))
-        swapped = _swapped(pair, self._seed, self._count)
-        # Rounding must not make the same sum in another order a smaller one.
-        as_far = int((np.abs(swapped) >= abs(observed) * (1 - 1e-12)).sum())
         gaps = _minus(pair.values[0], pair.values[1])
-        between = _minus(self._drawn[:, one], self._drawn[:, other])
+        if type(pair) is Scores:
+            low, high = _shifts(gaps, pair.weights, self._seed, self._count)
+        else:
+            between = np.sort(_minus(self._drawn[:, one], self._drawn[:, other]))
+            low, high = between, between
+        # Half of a bootstrap's p-value is on either side; a permutation test counts both sides at once.
+        sides = 1 if type(pair) is Scores else 2
+        as_far = min(int((low <= 0).sum()), int((high >= 0).sum()))
+        rank = math.ceil(_alpha(self._level) / sides * (1 + self._count) - 1e-9) - 1
+        bounds = (-math.inf, math.inf)
+        if rank >= 1:
+            bounds = float(np.sort(low)[rank - 1]), float(np.sort(high)[-rank])
         return Comparison(
-            difference=Interval(observed, *_percentiles(between, self._level)),
-            p_value=(1 + as_far) / (1 + self._count),
+            difference=Interval(observed, *bounds),
+            p_value=min(1.0, sides * (1 + as_far) / (1 + self._count)),
             wins=int((gaps > 0).sum()),
             losses=int((gaps < 0).sum()),
+            level=self._level,
         )
 
 
@@ -92,28 +112,42 @@ def _resampled(scores: Scores, seed: int, resamples: int) -> Array:
     return drawn
 
 
-def _swapped(pair: Scores, seed: int, resamples: int) -> Array:
-    """Differences of the two mixtures' utilities after swapping them on random examples: [resamples]."""
+def _shifts(gaps: Array, weights: Array, seed: int, resamples: int) -> tuple[Array, Array]:
+    """(low, high), [resamples] each: between them, a random swap is as far off as what was observed.
+
+    With d taken off each example, a swap of signs s is as far off where |A_s - d B_s| >= |A - d B|, A and B being the
+    sums of gaps and weights and A_s, B_s those with signs. As |B_s| <= B, that is so between (A - A_s) / (B - B_s) and
+    (A + A_s) / (B + B_s): the means of the examples that s swaps, and of the others (Hartigan's typical values, 1969).
+    The test of d = 0 counts the swaps with low <= 0 <= high, and the interval of the differences that are not rejected
+    follows from the same swaps. An example that one of the two rules out outweighs all the others.
+    """
     random = np.random.default_rng([seed, 7])
-    differences = np.empty(resamples)
-    items = len(pair.weights)
-    if type(pair) is not Scores:
-        for row in range(resamples):
-            swap = random.integers(0, 2, items).astype(bool)
-            first, second = replace(pair, values=np.where(swap, pair.values[::-1], pair.values)).utility()
-            differences[row] = _minus(first, second)
-        return differences
-    gaps = _minus(pair.values[0], pair.values[1])
-    # An example that one of them rules out outweighs all the others; infinities would not add up.
+    items = len(weights)
     most = np.abs(gaps[np.isfinite(gaps)]).sum()
     finite = np.clip(gaps, -1e6 * (1 + most), 1e6 * (1 + most))
+    total, whole = finite.sum(), weights.sum()
+    ends = np.empty((2, resamples))
     for start in range(0, resamples, _CHUNK):
         stop = min(start + _CHUNK, resamples)
         signs = random.integers(0, 2, (stop - start, items)) * 2 - 1
-        differences[start:stop] = signs @ finite / pair.weights.sum()
+        sums, bases = signs @ finite, signs @ weights
+        with np.errstate(divide="ignore", invalid="ignore"):
+            swapped, kept = (total - sums) / (whole - bases), (total + sums) / (whole + bases)
+        # Rounding must not move what is 0.
+        near = 1e-12 * np.abs(finite).sum() / whole
+        edges = np.where(np.abs([swapped, kept]) <= near, 0.0, [swapped, kept])
+        # Nothing, or everything, is swapped: as far off whatever is taken off.
+        same = np.abs(bases) == whole
+        ends[0, start:stop] = np.where(same, -np.inf, np.minimum(*edges))
+        ends[1, start:stop] = np.where(same, np.inf, np.maximum(*edges))
     if np.isinf(gaps).any():
-        differences[np.abs(differences) * pair.weights.sum() > 1e5 * (1 + most)] *= np.inf
-    return differences
+        ends[np.abs(ends) * whole > 1e5 * (1 + most)] *= np.inf
+    return ends[0], ends[1]
+
+
+def _alpha(level: float) -> float:
+    """The error that a test may make, free of the rounding of 1 - level."""
+    return round(1 - level, 12)
 
 
 def _percentiles(drawn: Array, level: float) -> tuple[float, float]:
