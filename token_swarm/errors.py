@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 
@@ -56,6 +57,38 @@ class PromptTooLong(BadParameter):
     def __init__(self, expert: str, length: int, limit: int) -> None:
         super().__init__(
             "prompt", f"{length} tokens of expert {expert}", f"shorter than its context of {limit} tokens"
+        )
+
+
+class TextTooLong(BadParameter):
+    """A text to score that does not fit an expert's context. length: its tokens, those of its prompt among them."""
+
+    def __init__(self, expert: str, length: int, limit: int) -> None:
+        super().__init__(
+            "text",
+            f"{length} tokens of expert {expert}, those of its prompt among them",
+            f"at most its context of {limit} tokens",
+        )
+
+
+class TextChanged(BadParameter):
+    """A text that an expert's tokenizer does not reproduce: it has no probability under that expert."""
+
+    def __init__(self, text: str, written: bytes) -> None:
+        """text: what was tokenized; written: what its tokens write."""
+        asked = text.encode()
+        shared = next((i for i, (one, other) in enumerate(zip(asked, written, strict=False)) if one != other), None)
+        at = min(len(asked), len(written)) if shared is None else shared
+        start = len(asked[:at].decode(errors="ignore"))
+        here = text[start : start + 2]
+        # By their code points: two forms of one character look alike.
+        points = " ".join(f"U+{ord(char):04X}" for char in here)
+        form = next((form for form in ("NFC", "NFKC") if unicodedata.normalize(form, text).encode() == written), None)
+        why = f", which normalises it to {form}" if form else ""
+        super().__init__(
+            "text",
+            f"{here} ({points}) at character {start}",
+            f"text that the expert's tokenizer reproduces{why}",
         )
 
 

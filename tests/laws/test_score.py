@@ -11,7 +11,7 @@ import torch
 from tests.laws.brute_force import BruteForce
 from tests.laws.ensembles import BYTES, DUPLICATES, LONG, VOCABULARIES, toys
 from token_swarm.decoding.in_process import LocalEnsemble
-from token_swarm.errors import BadParameter, PromptTooLong
+from token_swarm.errors import BadParameter, TextTooLong
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.particle import Mixture, Rule
 
@@ -85,5 +85,5 @@ def test_what_cannot_be_scored_is_refused() -> None:
     local = LocalEnsemble({"e0": ToyExpert("e0", BYTES, max_context=8)})
     with pytest.raises(BadParameter, match="text"):
         local.score("a", "", Mixture({"e0": 1.0}))
-    with pytest.raises(PromptTooLong, match="e0"):
+    with pytest.raises(TextTooLong, match="e0"):
         local.score("a", "abcabcabc", Mixture({"e0": 1.0}))

@@ -14,7 +14,7 @@ from tests.search.cached_passages import PASSAGES, Counting, build
 from token_swarm.errors import BadParameter, FailedPrecondition
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.particle import Mixture
-from token_swarm.search.score_cache.cache import SHARD, Detail, ExpertKey, ScoreCache, fill, filled, model_identity
+from token_swarm.search.score_cache.cache import Detail, ExpertKey, ScoreCache, fill, filled, model_identity
 from token_swarm.search.score_cache.reader import LawReader, Passage
 
 
@@ -34,7 +34,7 @@ def test_what_is_there_is_not_read_again(tmp_path: Path) -> None:
     expert = Counting(ToyExpert("e0", NESTED))
     calls: list[tuple[int, int]] = []
     key = fill(tmp_path, expert, PASSAGES, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(SHARD, len(PASSAGES)), (len(PASSAGES), len(PASSAGES))]
+    assert calls == [(done, len(PASSAGES)) for done in range(1, len(PASSAGES) + 1)]
     steps = expert.steps
     assert fill(tmp_path, expert, PASSAGES) == key
     assert expert.steps == steps

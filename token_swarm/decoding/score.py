@@ -19,7 +19,7 @@ from torch import Tensor
 
 from token_swarm.decoding.ensemble import Ensemble
 from token_swarm.decoding.forwards import MAX_RECOVERIES, Calls, Outcome
-from token_swarm.errors import BadParameter, ExpertFault, PromptTooLong
+from token_swarm.errors import BadParameter, ExpertFault, TextChanged, TextTooLong
 from token_swarm.experts.contract import (
     Close,
     EncodedPrompt,
@@ -87,14 +87,15 @@ class CanonicalPath:
     def of(cls, spec: ExpertSpec, prompt: EncodedPrompt, text: str, tokens: Sequence[int]) -> CanonicalPath:
         """tokens: the canonical tokens of what `scored_text` says.
 
-        Raises PromptTooLong, and ExpertFault when the tokens do not write the text.
+        Raises TextTooLong, and TextChanged when the tokens do not write the text.
         """
         context, whole = scored_text(spec, prompt, text)
         length = len(context) + len(tokens)
         if length > spec.max_context:
-            raise PromptTooLong(spec.name, length, spec.max_context)
-        if spec.vocabulary.text(tokens) != whole.encode():
-            raise ExpertFault(spec.name, "its tokens do not write the text they are to score")
+            raise TextTooLong(spec.name, length, spec.max_context)
+        written = spec.vocabulary.text(tokens)
+        if written != whole.encode():
+            raise TextChanged(whole, written)
         taken = prompt if len(context) < len(prompt.tokens) else EncodedPrompt(context, 0)
         return cls(context, tuple(tokens), taken)
 

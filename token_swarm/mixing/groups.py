@@ -141,7 +141,7 @@ def make_groups(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Grou
     for members in keyed.values():
         weights = [active[spec.name] for spec in members]
         temperatures = tuple(mixture.temperatures.get(spec.name, 1.0) for spec in members)
-        weight, exponents = _split(weights, mixture.rule, alone=len(keyed) == 1)
+        weight, exponents = split_weights(weights, mixture.rule, alone=len(keyed) == 1)
         groups.append(Group(tuple(members), exponents, temperatures, weight / total, mixture.rule))
     return tuple(groups)
 
@@ -161,7 +161,7 @@ def make_rows(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Group,
     )
 
 
-def _split(weights: Sequence[float], rule: Rule, *, alone: bool) -> tuple[float, tuple[float, ...]]:
+def split_weights(weights: Sequence[float], rule: Rule, *, alone: bool) -> tuple[float, tuple[float, ...]]:
     """(weight across groups, weights inside the group) of a group's members."""
     total = sum(weights)
     if rule is Rule.LOG_LINEAR and (alone or total == 0):

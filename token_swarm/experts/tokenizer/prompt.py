@@ -6,6 +6,7 @@ import logging
 import threading
 from typing import Any
 
+from token_swarm.errors import TextChanged
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.experts.tokenizer.numbering import Numbering
 
@@ -48,10 +49,11 @@ class PromptEncoder:
         return EncodedPrompt(tokens, len(self._vocabulary.text(tokens[-1:])))
 
     def tokenize(self, text: str) -> tuple[int, ...]:
-        """See `Expert.tokenize`. Raises ValueError when the tokens would not write `text`."""
+        """See `Expert.tokenize`. Raises TextChanged when the tokens would not write `text`."""
         tokens = self._encode(text, private=False, special=False)
-        if self._vocabulary.text(tokens) != text.encode():
-            raise ValueError(f"text: the tokenizer does not reproduce {text[:80]!r}")
+        written = self._vocabulary.text(tokens)
+        if written != text.encode():
+            raise TextChanged(text, written)
         return tokens
 
     def _encode(self, text: str, *, private: bool, special: bool) -> tuple[int, ...]:

@@ -30,12 +30,14 @@ from token_swarm.search.score_cache.files import (
     fill,
     filled,
     folder_of,
+    left_out_of,
     model_identity,
     open_shard,
     passages_hash,
 )
+from token_swarm.search.score_cache.group_laws import GroupLaws, ShardFiles
 from token_swarm.search.score_cache.reader import Detail, Passage
-from token_swarm.search.score_cache.token_scores import TokenScores, needed_detail
+from token_swarm.search.score_cache.token_scores import Need, TokenScores, needed_detail
 from token_swarm.search.utility import Array, as_items
 
 __all__ = [
@@ -81,6 +83,16 @@ class ScoreCache:
         return tuple(key.name for key in self.keys)
 
     @cached_property
+    def left_out(self) -> dict[int, tuple[str, str]]:
+        """Passages that cannot be scored, because some expert cannot read them: (expert, reason) of the first one."""
+        found: dict[int, tuple[str, str]] = {}
+        for number in range(self._count):
+            for key, file in zip(self.keys, self._shard(number), strict=True):
+                for index, reason in left_out_of(file).items():
+                    found.setdefault(number * SHARD + index, (key.name, reason))
+        return dict(sorted(found.items()))
+
+    @cached_property
     def sizes(self) -> Array:
         """Bytes of each passage, float64 [passages]."""
         return np.asarray([passage.size for passage in self.passages], dtype=np.float64)
@@ -115,15 +127,25 @@ class ScoreCache:
         Raises UnknownName and BadParameter for a mixture that cannot be scored from here.
         """
         chosen = as_items(passages, len(self.passages)).tolist()
-        details = [self.detail_of(mixture) for mixture in mixtures]
+        for index in self.left_out.keys() & set(chosen):
+            expert, reason = self.left_out[index]
+            raise BadParameter("passages", index, f"one that every expert could read; {expert} could not: {reason}")
+        needs = [self.need(mixture) for mixture in mixtures]
         scores = np.empty((len(mixtures), len(chosen)))
-        for rule, detail in product(Rule, Detail) if chosen else ():
-            rows = [i for i, own in enumerate(mixtures) if own.rule is rule and details[i] is detail]
+        for i, mixture in enumerate(mixtures) if chosen else ():
+            if needs[i].across:
+                scores[i] = self._groups.score(mixture, chosen)
+        for rule, by_bytes in product(Rule, (True, False)) if chosen else ():
+            rows = [
+                i
+                for i, own in enumerate(mixtures)
+                if own.rule is rule and not needs[i].across and (needs[i].detail is Detail.BYTES) == by_bytes
+            ]
             if not rows:
                 continue
             own = [mixtures[i] for i in rows]
-            if detail is not Detail.BYTES:
-                scores[rows] = self._tokens.score(own, detail, chosen)
+            if not by_bytes:
+                scores[rows] = self._tokens.score(own, chosen)
                 continue
             weights = torch.tensor([self._weights(mixture) for mixture in own], dtype=torch.float64)
             score = self._score_linear if rule is Rule.LINEAR else self._score_log_linear
@@ -135,26 +157,34 @@ class ScoreCache:
         """Whether every expert is alone in its group, so that `masses` and `log_probs` say all of a mixture's law."""
         return len({key.group for key in self.keys}) == len(self.keys)
 
-    def detail_of(self, mixture: Mixture) -> Detail:
+    def need(self, mixture: Mixture) -> Need:
         """What scoring the mixture takes. Raises UnknownName, and BadParameter when it is not here."""
         mixture.require_known(dict.fromkeys(self.experts))
-        detail, field, value, why = needed_detail(self.keys, mixture)
-        if detail is None:
-            raise BadParameter(field, value, f"{why}; across vocabularies only bytes are cached")
-        active = [key for key in self.keys if key.name in mixture.active]
-        if detail is not Detail.BYTES and not all(self._holds(key, detail) for key in active):
-            mend = f"fill the cache with Detail.{detail.name} to score it"
-            raise BadParameter(field, value, f"{why}, which cached bytes do not carry; {mend}")
-        return detail
+        need = needed_detail(self.keys, mixture)
+        lacking = [key.name for key in self.keys if not self._holds(key, need.details.get(key.name, Detail.BYTES))]
+        if lacking:
+            mend = f"fill the cache of {', '.join(lacking)} with Detail.{need.detail.name} to score it"
+            raise BadParameter(need.field, need.value, f"{need.why}, which cached bytes do not carry; {mend}")
+        return need
 
     def _holds(self, key: ExpertKey, detail: Detail) -> bool:
+        if detail is Detail.BYTES:
+            return True
         if (key, detail) not in self._held:
             self._held[key, detail] = complete(folder_of(self.root, self.data_hash, key), self._count, detail)
         return self._held[key, detail]
 
     @cached_property
     def _tokens(self) -> TokenScores:
-        return TokenScores(self.root, self.data_hash, self.keys, self.passages, self.masses)
+        return TokenScores(self._stored, self.masses)
+
+    @cached_property
+    def _groups(self) -> GroupLaws:
+        return GroupLaws(self._stored, self.log_probs)
+
+    @cached_property
+    def _stored(self) -> ShardFiles:
+        return ShardFiles(self.root, self.data_hash, self.keys, self.passages)
 
     def _weights(self, mixture: Mixture) -> list[float]:
         """The mixture as a row of the kernels' weights."""

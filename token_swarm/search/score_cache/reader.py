@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from token_swarm.decoding.ensemble import Ensemble
 from token_swarm.decoding.score import CHUNK, CanonicalPath, scored_text
-from token_swarm.errors import ExpertFault
+from token_swarm.errors import BadLogits, ExpertFault, PromptTooLong, TextTooLong
 from token_swarm.experts.contract import Close, Expert, Extend, Fork, Op, Open, Rows
-from token_swarm.mixing.byte_law import SYMBOLS, Array
+from token_swarm.mixing.byte_law import SYMBOLS, Array, ByteLaw, LawMaker
 from token_swarm.mixing.groups import Group
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.particle import Rule
@@ -53,16 +54,26 @@ class Detail(enum.IntEnum):
 class PassageLaws:
     """laws: float64 [bytes, 257], the law before each byte of the text; token_log_prob: nats of its `tokens` tokens.
 
-    From Detail.MASSES on: tape, masses [masses] and roots [rows, 257] (see `Tape`); at Detail.ROWS: rows [rows, width].
+    From Detail.MASSES on: path, tape, masses [masses] and roots [rows, 257] (see `Tape`); at Detail.ROWS: rows
+    [rows, width].
     """
 
     laws: Array
     token_log_prob: float
     tokens: int
+    path: CanonicalPath | None = None
     tape: Tape | None = None
     masses: Array | None = None
     roots: Array | None = None
     rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A passage that an expert cannot read, and why. too_long: a longer context would mend it."""
+
+    reason: str
+    too_long: bool = False
 
 
 class LawReader:
@@ -79,20 +90,31 @@ class LawReader:
         self._ensemble = Ensemble.of({spec.name: spec}, tries)
         self._group = Group((spec,), (1.0,), (1.0,), 1.0, Rule.LINEAR)
 
-    def read(self, passages: Iterable[Passage]) -> Iterator[PassageLaws]:
-        """The laws of each passage, in order.
+    def read(self, passages: Iterable[Passage]) -> Iterator[PassageLaws | LeftOut]:
+        """The laws of each passage, in order, or why the expert has none.
 
-        Raises PromptTooLong, and ExpertFault when the expert breaks its contract or rules out what is there.
+        Raises ExpertFault when the expert breaks its contract; a passage that it cannot read is no reason to lose the
+        others.
         """
-        paths = ((passage, self._path(passage)) for passage in passages)
-        for context, shared in groupby(paths, key=lambda pair: pair[1].context):
-            yield from self._read_shared(context, list(shared))
+        paths = ((passage, self._path_or_reason(passage)) for passage in passages)
+        for context, run in groupby(paths, key=lambda pair: None if isinstance(pair[1], LeftOut) else pair[1].context):
+            if context is None:
+                yield from (path for _, path in run if isinstance(path, LeftOut))
+            else:
+                yield from self._read_shared(context, [own for own in run if not isinstance(own[1], LeftOut)])
 
     def row_bytes(self, passages: Iterable[Passage]) -> int:
         """Size of the logit rows of `passages`, in the expert's dtype."""
         spec = self._expert.spec
-        rows = sum(len(self._path(passage).tokens) for passage in passages)
+        paths = (self._path_or_reason(passage) for passage in passages)
+        rows = sum(len(path.tokens) for path in paths if not isinstance(path, LeftOut))
         return rows * spec.vocabulary.width * spec.dtype.itemsize
+
+    def _path_or_reason(self, passage: Passage) -> CanonicalPath | LeftOut:
+        try:
+            return self._path(passage)
+        except ValueError as error:  # what does not fit, or cannot be encoded
+            return LeftOut(str(error), too_long=isinstance(error, PromptTooLong | TextTooLong))
 
     def _path(self, passage: Passage) -> CanonicalPath:
         spec, encoded = self._expert.spec, self._expert.encode(passage.prompt, chat=passage.chat)
@@ -100,8 +122,9 @@ class LawReader:
         return CanonicalPath.of(spec, encoded, passage.text, tokens)
 
     def _read_shared(
-        self, context: tuple[int, ...], shared: Sequence[tuple[Passage, CanonicalPath]]
-    ) -> Iterator[PassageLaws]:
+        self, context: tuple[int, ...], shared: Sequence[tuple[Passage, Any]]
+    ) -> Iterator[PassageLaws | LeftOut]:
+        """shared: passages and their CanonicalPath, all after `context`."""
         base, branch = 0, 1
         try:
             first = self._forward(Open(base, context, Rows.LAST))
@@ -110,19 +133,24 @@ class LawReader:
                 sequence = base if last else branch
                 if not last:
                     self._forward(Fork(base, branch))
-                yield self._follow(passage, path, self._rows(first, sequence, path.tokens[:-1]))
+                try:
+                    laws: PassageLaws | LeftOut = self._follow(passage, path, self._rows(first, sequence, path.tokens))
+                except (BadLogits, _RuledOut) as error:
+                    laws = LeftOut(str(error))
+                yield laws
                 self._forward(Close(sequence))
         finally:
             self._expert.step([Close(base), Close(branch)])
 
-    def _rows(self, first: Tensor, sequence: int, tokens: Sequence[int]) -> Iterator[Tensor]:
-        """Logit rows [width] after the context and after each of `tokens`.
+    def _rows(self, first: Tensor, sequence: int, tokens: Sequence[int]) -> Iterator[list[Tensor]]:
+        """Logit rows [width] after the context and after each of `tokens` but the last.
 
         In the scorer's pieces: a model in bfloat16 gives other logits when it reads in others, 1e-3 bits a byte apart.
         """
-        yield from first
-        for start in range(0, len(tokens), CHUNK):
-            yield from self._forward(Extend(sequence, tuple(tokens[start : start + CHUNK]), Rows.ALL))
+        yield from ([row] for row in first)
+        for start in range(0, len(tokens) - 1, CHUNK):
+            piece = tuple(tokens[start : min(start + CHUNK, len(tokens) - 1)])
+            yield from ([row] for row in self._forward(Extend(sequence, piece, Rows.ALL)))
 
     def _forward(self, op: Op) -> Tensor:
         result = self._expert.step([op])
@@ -130,37 +158,69 @@ class LawReader:
             raise ExpertFault(self._name, result.errors[0].message)
         return result.rows(0)
 
-    def _follow(self, passage: Passage, path: CanonicalPath, rows: Iterator[Tensor]) -> PassageLaws:
-        unit = self._ensemble.score_unit((self._group,), {self._name: path.prompt})
-        state, vocabulary = unit.states[0], self._group.vocabulary
-        laws = np.empty((passage.size, SYMBOLS))
-        token_log_prob = 0.0
+    def _follow(self, passage: Passage, path: CanonicalPath, rows: Iterator[list[Tensor]]) -> PassageLaws:
+        text, vocabulary = passage.text.encode(), self._group.vocabulary
         trie = self._ensemble.tries[vocabulary.fingerprint]
-        kept = _Kept(trie, vocabulary, path, passage.text.encode()) if self._detail else None
-        for at, byte in enumerate(passage.text.encode()):
-            while (head := path.head(state.cold)) is not None:
-                row = len(head.tokens) - len(path.context)
-                token = path.tokens[row]
-                logits = next(rows)
-                law = unit.make_law(0, [logits])
-                position = law.trie.position(token, vocabulary.token_bytes[token] or b"")
-                with np.errstate(divide="ignore"):
-                    token_log_prob += float(np.log(law.probabilities[position]))
-                state.feed(head, law)
-                if kept is not None:
-                    kept.tape.read(row, law, kept.masses, kept.roots)
-                if kept is not None and self._detail is Detail.ROWS:
-                    kept.rows.append(logits.clone())
-            laws[at] = state.law()
-            if not laws[at, byte] > 0:
-                raise ExpertFault(
-                    self._name, f"byte {at} of the text {_shown(passage.text)} has probability 0: it cannot be cached"
-                )
-            unit.advance(byte)
+        kept = _Kept(trie, vocabulary, path, text) if self._detail else None
+        token_log_prob = 0.0
+
+        def see(row: int, logits: Sequence[Tensor], law: ByteLaw) -> None:
+            nonlocal token_log_prob
+            token = path.tokens[row]
+            position = law.trie.position(token, vocabulary.token_bytes[token] or b"")
+            with np.errstate(divide="ignore"):
+                token_log_prob += float(np.log(law.probabilities[position]))
+            if kept is not None:
+                kept.tape.read(row, law, kept.masses, kept.roots)
+                if self._detail is Detail.ROWS:
+                    kept.rows.append(logits[0].clone())
+
+        laws = follow(self._ensemble, self._group, path, text, rows, see)
+        at = len(laws) - 1
+        if not laws[at, text[at]] > 0:
+            raise _RuledOut(
+                self._name, f"byte {at} of the text {_shown(passage.text)} has probability 0: it cannot be cached"
+            )
         if kept is None:
             return PassageLaws(laws, token_log_prob, len(path.tokens))
         whole = torch.stack(kept.rows) if kept.rows else None
-        return PassageLaws(laws, token_log_prob, len(path.tokens), kept.tape, kept.masses, kept.roots, whole)
+        return PassageLaws(laws, token_log_prob, len(path.tokens), path, kept.tape, kept.masses, kept.roots, whole)
+
+
+def follow(
+    ensemble: Ensemble,
+    group: Group,
+    path: CanonicalPath,
+    text: bytes,
+    rows: Iterator[Sequence[Tensor]],
+    see: Callable[[int, Sequence[Tensor], ByteLaw], None] | None = None,
+) -> Array:
+    """A group's next-byte laws along `text`, as the scorer has them: float64 [bytes, 257].
+
+    rows: of each canonical token in turn, the logit row of each member. see: called with the token's number, its rows
+    and their law. Ends after a byte that has probability 0, so that fewer laws than bytes may come.
+    Raises BadLogits.
+    """
+    unit = ensemble.score_unit((group,), dict.fromkeys(group.names, path.prompt))
+    make = LawMaker(ensemble.tries[group.vocabulary.fingerprint], group.vocabulary.eos_ids)
+    state, laws = unit.states[0], np.empty((len(text), SYMBOLS))
+    for at, byte in enumerate(text):
+        while (head := path.head(state.cold)) is not None:
+            logits = next(rows)
+            # The unit would also make each member's own law, which only shares of credit are made of.
+            law = unit.make_law(0, logits) if len(group.names) == 1 else make(group.token_law(logits))
+            state.feed(head, law)
+            if see is not None:
+                see(len(head.tokens) - len(path.context), logits, law)
+        laws[at] = state.law()
+        if not laws[at, byte] > 0:
+            return laws[: at + 1]
+        unit.advance(byte)
+    return laws
+
+
+class _RuledOut(ExpertFault):
+    """An expert gives a byte that is there probability 0."""
 
 
 class _Kept:
