@@ -90,6 +90,8 @@ class Particle:
     seed: int | None = None
     dev_score: float | None = None
     test_score: float | None = None
+    undecided: bool = False
+    """Nothing was learned: all particles of the search had one score."""
 
     def require_match(self, running: Mapping[str, str]) -> None:
         """Raise when this particle was made for other experts than the `running` name -> fingerprint.
@@ -109,7 +111,8 @@ class Particle:
             "rule": self.mixture.rule.value,
             "weights": dict(self.mixture.weights),
             "temperatures": dict(self.mixture.temperatures),
-            **{key: value for key, value in asdict(self).items() if key not in ("name", "mixture")},
+            **{key: value for key, value in asdict(self).items() if key not in ("name", "mixture", "undecided")},
+            **({"undecided": True} if self.undecided else {}),
         }
         return json.dumps(document, indent=2) + "\n"
 
@@ -124,7 +127,7 @@ class Particle:
             raise BadParameter(source, type(document).__name__, "a JSON object")
         known = {
             "schema_version", "name", "rule", "weights", "temperatures", "fingerprints",
-            "utility", "data_hash", "seed", "dev_score", "test_score",
+            "utility", "data_hash", "seed", "dev_score", "test_score", "undecided",
         }  # fmt: skip
         for key in document:
             if key not in known:

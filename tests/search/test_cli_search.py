@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
 import re
@@ -40,7 +41,7 @@ def write(path: Path, examples) -> None:
 
 def run(home: Path, utility: str, file: str, out: Path, *more: str):
     data = str(home / file)
-    fixed = ["--config", str(home / "config.yaml"), "--out", str(out), "--swarm-size", "5", "--iterations", "6"]
+    fixed = ["--config", str(home / "config.yaml"), "--out", str(out), "--swarm-size", "5", "--iterations", "40"]
     return CliRunner().invoke(app, ["search", *fixed, "--utility", utility, "--data", data, *more])
 
 
@@ -96,12 +97,28 @@ def twins(home: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def family(twins: Path) -> Path:
+    """The twins and an expert of another vocabulary."""
+    folder = twins / "family"
+    save_small_llama(folder / "third", 290)
+    paths = {name: twins / name for name in SIZES} | {"third": folder / "third"}
+    experts = "".join(f"  {name}: {{model: {path}, threads: 1, max_context: 128}}\n" for name, path in paths.items())
+    (folder / "config.yaml").write_text(f"experts:\n{experts}cache: {folder / 'cache'}\n")
+    (folder / "texts.jsonl").write_bytes((twins / "texts.jsonl").read_bytes())
+    for name in SIZES:
+        (folder / name).symlink_to(twins / name)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("vocabularies", "more"),
     [
         ("home", ["--rule", "log-linear"]),
         ("twins", ["--rule", "linear"]),
         ("twins", ["--rule", "log-linear", "--temperatures"]),
+        ("home", ["--rule", "log-linear", "--temperatures", "--iterations", "4"]),
+        ("family", ["--rule", "log-linear", "--iterations", "6"]),
     ],
 )
 def test_the_search_predicts_what_score_says(request, tmp_path: Path, vocabularies: str, more) -> None:
@@ -114,9 +131,12 @@ def test_the_search_predicts_what_score_says(request, tmp_path: Path, vocabulari
     learned(folder, "loglikelihood", "texts.jsonl", tmp_path, "--no-report", *more)
     particle = Particle.load(tmp_path / "particle.json")
     assert bool(particle.mixture.temperatures) == ("--temperatures" in more)
-    experts = {name: TransformersExpert(name, folder / name, threads=1, max_context=128) for name in SIZES}
+    names = particle.mixture.weights
+    experts = {name: TransformersExpert(name, folder / name, threads=1, max_context=128) for name in names}
     local = LocalEnsemble(experts)
     assert len(local.ensemble.groups(particle.mixture)) == (1 if vocabularies == "twins" else 2)
+    if vocabularies == "family":
+        assert all(particle.mixture.weights.values())
     dataset = load_jsonl(folder / "texts.jsonl", TextExample)
     for side, score in zip(dataset.split(0.5), (particle.dev_score, particle.test_score), strict=True):
         own = [dataset.examples[i] for i in side]
@@ -136,7 +156,7 @@ def test_a_run_again_goes_on_and_another_one_is_refused(home: Path, tmp_path: Pa
 
 
 def test_people_get_a_table(home: Path, tmp_path: Path) -> None:
-    result = run(home, "multiple-choice", "choices.jsonl", tmp_path, "--rule", "linear", "--normalise", "bytes")
+    result = run(home, "multiple-choice", "choices.jsonl", tmp_path, "--normalise", "bytes", "--keep-undecided")
     assert result.exit_code == 0, result.output
     for words in ("accuracy, %", "learned", "uniform", "small", "report.html", "evaluations"):
         assert words in result.stdout
@@ -162,6 +182,54 @@ def test_choices_and_a_likelihood_have_a_harmonic_mean(home: Path, tmp_path: Pat
     assert 0 <= document["particle"]["dev_score"] <= 1
 
 
+def no_model(*_: object, **__: object) -> None:
+    raise AssertionError("a model is loaded")
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "cma"])
+def test_what_the_end_needs_is_looked_for_at_the_start(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
+    monkeypatch.setattr("token_swarm_server.search.experts.LocalExperts.load", no_model)
+    result = run(home, "loglikelihood", "texts.jsonl", tmp_path / "run", "--reference", "cma")
+    refused(result, package, "pip install 'token-swarm[search]'", code=1)
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("token_swarm_server.search.experts.LocalExperts.load", no_model)
+    (tmp_path / "file").write_text("")
+    result = run(home, "loglikelihood", "texts.jsonl", tmp_path / "file" / "run")
+    refused(result, "--out", "file/run cannot be written", code=1)
+
+
+def test_nothing_learned_is_said_and_not_saved(home: Path, tmp_path: Path) -> None:
+    write(home / "never.jsonl", [{"prompt": f"{text}: ", "answers": ["never"]} for text in TEXTS])
+    more = ("--max-bytes", "1", "--optimiser", "random", "--iterations", "2", "--particles", str(tmp_path / "store"))
+    result = run(home, "exact-match", "never.jsonl", tmp_path / "run", *more)
+    refused(result, "nothing was learned", "scored 0.0 (accuracy, %) on the", "--keep-undecided", code=1)
+    assert not list(tmp_path.rglob("particle.json"))
+    assert not list((tmp_path / "store").iterdir())
+    assert "Nothing was learned" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    # It is saved where that is asked for, and marked.
+    document = learned(home, "exact-match", "never.jsonl", tmp_path / "run", *more, "--keep-undecided", "--no-report")
+    assert document["undecided"] == 0
+    assert document["particle"]["undecided"] is True
+    assert Particle.load(tmp_path / "store" / "learned.json").undecided
+
+
+def test_progress_is_told_within_an_iteration(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("token_swarm_server.cli.search_display._EVERY", 0.0)
+    more = ("--max-bytes", "1", "--optimiser", "random", "--iterations", "2", "--no-report", "--test", "0")
+    result = run(home, "reward", "prompts.jsonl", tmp_path, "--reward", "tests.search.test_cli_search:length", *more)
+    assert result.exit_code == 0, result.output
+    assert f"iteration 1 of at most 2: 5 of {5 * len(TEXTS)} evaluations of an example" in result.stderr
+    assert "Loading weights" not in result.stderr
+
+
 BAD = {
     "line": ("loglikelihood", "bad.jsonl", (), ["bad.jsonl", "line 2", "text"]),
     "missing file": ("loglikelihood", "none.jsonl", (), ["none.jsonl"]),
@@ -179,14 +247,30 @@ BAD = {
     "judge": ("judge", "prompts.jsonl", (), ["--judge"]),
     "judge model": ("judge", "prompts.jsonl", ("--judge", "http://x"), ["--judge-model"]),
     "reward": ("reward", "prompts.jsonl", (), ["--reward"]),
-    "temperatures": ("loglikelihood", "texts.jsonl", ("--temperatures",), ["temperature", "reshapes tokens"]),
+    "rows": ("loglikelihood", "texts.jsonl", ("--temperatures", "--rows-limit", "0", "--limit", "6"), ["logit rows", "--rows-limit"]),
+    "particles of a swarm": ("loglikelihood", "texts.jsonl", ("--swarm-size", "1"), ["particles", "at least 2"]),
+    "name": ("loglikelihood", "texts.jsonl", ("--name", "a/b"), ["--name", "a/b"]),
+    "folder": ("loglikelihood", "texts.jsonl", ("--particles", "/proc/none"), ["--particles", "cannot be written"]),
+    "broken particle": ("loglikelihood", "texts.jsonl", ("--particles", "BROKEN"), ["bad.json", "JSON"]),
+    "taken name": ("loglikelihood", "texts.jsonl", ("--particles", "TAKEN"), ["--name", "learned", "other.json"]),
+    "numbers": ("exact-match", "answers.jsonl", ("--extract", "number"), ["answers of", "'a'", "numbers"]),
+    "reward function": ("reward", "prompts.jsonl", ("--reward", "no.module:f"), ["reward", "no.module:f"]),
 }
 
 
 @pytest.mark.parametrize(("utility", "file", "more", "words"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused_in_one_line(home: Path, tmp_path: Path, utility, file, more, words) -> None:
+def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, utility, file, more, words
+) -> None:
     (home / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
-    code = 1 if file == "none.jsonl" else 2
+    for name in ("BROKEN", "TAKEN"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "BROKEN" / "bad.json").write_text("{")
+    Particle("learned", Mixture({"a": 1.0})).save(tmp_path / "TAKEN" / "other.json")
+    more = [str(tmp_path / each) if each in ("BROKEN", "TAKEN") else each for each in more]
+    if "rows" not in words[0]:
+        monkeypatch.setattr("token_swarm_server.search.experts.LocalExperts.load", no_model)
+    code = 1 if file == "none.jsonl" or "cannot be written" in words else 2
     refused(run(home, utility, file, tmp_path / "run", *more), *words, code=code)
     assert not (tmp_path / "run" / "particle.json").exists()
 

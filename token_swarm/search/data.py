@@ -103,6 +103,22 @@ class PromptExample(Example):
     reference: str = ""
 
 
+@dataclass(frozen=True)
+class LeftOutExample:
+    """An example that takes no part in a search, because `expert` cannot read it. index: in its file, from 0."""
+
+    file: str
+    index: int
+    id: str
+    expert: str
+    reason: str
+
+    def __str__(self) -> str:
+        """In a line, for people."""
+        name = f" ({self.id})" if self.id else ""
+        return f"{self.file}, example {self.index + 1}{name}: expert {self.expert} cannot read it: {self.reason}"
+
+
 E = TypeVar("E", bound=Example)
 
 

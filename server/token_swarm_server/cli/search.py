@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from token_swarm.errors import BadParameter
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import FAILURE, INTERRUPTED, CliError
+from token_swarm_server.cli.search_checks import check_folders, check_optimisers, check_parts
 from token_swarm_server.config.loading import load_settings
 from token_swarm_server.config.places import default_cache
 
@@ -56,7 +58,7 @@ def search(
         str, typer.Option(help="swarm, model-swarms, cma, nelder-mead, differential-evolution or random.")
     ] = "swarm",
     swarm_size: Annotated[int, typer.Option("--swarm-size", help="Particles.", min=1)] = 20,
-    iterations: Annotated[int, typer.Option(help="Most iterations.", min=1)] = 50,
+    iterations: Annotated[int, typer.Option(help="Most iterations, the first one included.", min=1)] = 50,
     setting: Annotated[
         list[str] | None, typer.Option(help="Of the optimiser, such as inertia=0.5; repeatable.", metavar="KEY=N")
     ] = None,
@@ -85,6 +87,12 @@ def search(
     ray: Annotated[
         str | None, typer.Option(help="Evaluate on a Ray cluster: its address, or `local`.", metavar="ADDRESS")
     ] = None,
+    rows_limit: Annotated[
+        float, typer.Option(help="Most GB of disk for the logit rows of one expert, where they are needed.", min=0)
+    ] = 4.3,
+    keep_undecided: Annotated[
+        bool, typer.Option("--keep-undecided", help="Save a particle even if all of them scored the same.")
+    ] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html with plots.")] = True,
     as_json: options.Json = False,
 ) -> None:
@@ -119,22 +127,29 @@ def search(
         goals = _goals(utility, data, limit)
         judging = _judging(normalise, temperature, max_bytes, stop, extract, reward, judge, judge_model, judge_key)
         _require_parts(goals, judging, reference or [])
+        check_parts([optimiser, *(reference or ())], report=report)
         chosen = _search_config(
-            name, optimiser, {"particles": swarm_size, "iterations": iterations}, setting, seed, race
+            name, optimiser, {"particles": swarm_size, "iterations": iterations}, setting, seed, race, keep_undecided
         )
         if not 0 <= test < 1:
             raise BadParameter("--test", test, "a share of at least 0 and below 1")
+        check_folders(out, particles, name)
         measure = Measure.of(goals[0].utility.value if len(goals) == 1 else "harmonic")
         with Display(session.stderr_console(), measure, iterations) as display:
             experts, names, default_rule = _remote(address, credentials, workers) if address else _local(config)
             space = Space(names, Rule(rule.value) if rule else default_rule, temperatures)
-            preparation = Preparation(experts, goals, judging, space, test, display.reading)
+            check_optimisers(chosen, reference or (), space)
+            preparation = Preparation(
+                experts, goals, judging, space, test, display.reading, display.say, int(rows_limit * 1e9)
+            )
+            preparation.check()
             processes = 1 if address else workers
             outcome = _run(preparation, chosen, out, particles, processes, ray, list(reference or ()), report, display)
         if as_json:
             print(json.dumps(outcome["json"]))
         else:
             _print(outcome, measure)
+        _require_decided(outcome, measure, keep_undecided)
 
 
 @contextmanager
@@ -225,7 +240,13 @@ def _require_parts(goals: tuple[Goal, ...], judging: Judging, references: list[s
 
 
 def _search_config(
-    name: str, optimiser: str, budget: dict[str, int], setting: list[str] | None, seed: int, race: str | None
+    name: str,
+    optimiser: str,
+    budget: dict[str, int],
+    setting: list[str] | None,
+    seed: int,
+    race: str | None,
+    keep_undecided: bool,
 ) -> SearchConfig:
     from token_swarm.search.run.run import SearchConfig
 
@@ -240,7 +261,7 @@ def _search_config(
         rungs = None if race is None else tuple(int(part) for part in race.split(","))
     except ValueError:
         raise CliError(f"--race: {race!r} is not a list of numbers such as 25,50,100") from None
-    return SearchConfig(name=name, optimiser=optimiser, settings=settings, seed=seed, race=rungs)
+    return SearchConfig(name, optimiser, settings, seed, rungs, keep_undecided)
 
 
 def _local(config: Path | None) -> tuple[LocalExperts, tuple[str, ...], Rule]:
@@ -277,36 +298,57 @@ def _run(
     report: bool,
     display: Any,
 ) -> dict[str, Any]:
+    from token_swarm.search.evaluators import WatchedEvaluator
     from token_swarm.search.report.comparison import make_table
-    from token_swarm.search.report.report import comparison_json, write_report
+    from token_swarm.search.report.report import comparison_json, notes_of, write_report
     from token_swarm.search.run.run import PARTICLE, Search
+    from token_swarm_server.cli.search_display import left_out_lines
     from token_swarm_server.search.task import evaluating
 
     task = preparation.task(workers=workers if ray is None else max(workers, 2))
-    with evaluating(workers, ray) as evaluator:
+    for line in left_out_lines(task.left_out):
+        display.say(line)
+    with evaluating(workers, ray) as inner:
+        display.searching()
+        evaluator = WatchedEvaluator(inner, display.evaluating, at_once=workers)
         result = Search(task, config, out, evaluator, progress=display.iteration).run()
         table = make_table(task, config, result, evaluator, references=references, progress=display.working)
     page = write_report(out, task, result, table) if report else None
-    if particles is not None:
+    saved = result.undecided is None or config.keep_undecided
+    if particles is not None and saved:
         result.particle.save(particles / f"{result.particle.name}.json")
     document = {
         "particle": json.loads(result.particle.to_json()),
-        "file": str(out / PARTICLE),
+        "file": str(out / PARTICLE) if saved else None,
         "report": None if page is None else str(page),
         "iterations": result.iterations,
         "evaluations": result.evaluations,
         "examples": result.examples,
         "failures": result.failures,
         "seconds": result.seconds,
+        "undecided": result.undecided,
+        "left_out": [asdict(example) for example in task.left_out],
+        "notes": notes_of(task),
         "comparison": comparison_json(table),
     }
-    return {"json": document, "table": table, "result": result, "report": page, "out": out}
+    return {"json": document, "table": table, "result": result, "report": page, "task": task}
+
+
+def _require_decided(outcome: dict[str, Any], measure: Any, keep: bool) -> None:
+    """Raise CliError where every particle had one score: whatever is saved then was not learned."""
+    result, items = outcome["result"], outcome["task"].dev.items
+    if result.undecided is None:
+        return
+    where = "the one dev example" if items == 1 else f"the {items} dev examples"
+    said = f"nothing was learned: every particle scored {measure.text(result.undecided)} ({measure.label}) on {where}"
+    if not keep:
+        raise CliError(f"{said}, so that none is better; no particle is saved (--keep-undecided saves one)", FAILURE)
+    session.stderr_console().print(f"{said}; the particle that is saved is the first of them", highlight=False)
 
 
 def _print(outcome: dict[str, Any], measure: Any) -> None:
     from rich.console import Console
 
-    from token_swarm.search.run.run import PARTICLE
     from token_swarm_server.cli.search_display import comparison_table
 
     console, result = Console(), outcome["result"]
@@ -316,6 +358,12 @@ def _print(outcome: dict[str, Any], measure: Any) -> None:
         f"{result.iterations} iterations, {result.evaluations:,} evaluations in {result.seconds:.2f} s{failed}",
         highlight=False,
     )
-    console.print(f"particle: {outcome['out'] / PARTICLE}", highlight=False, soft_wrap=True)
+    document = outcome["json"]
+    if document["left_out"]:
+        console.print(f"{len(document['left_out'])} examples were left out: see above", highlight=False)
+    for note in document["notes"]:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    if document["file"] is not None:
+        console.print(f"particle: {document['file']}", highlight=False, soft_wrap=True)
     if outcome["report"] is not None:
         console.print(f"report:   {outcome['report']}", highlight=False, soft_wrap=True)

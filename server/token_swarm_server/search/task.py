@@ -6,153 +6,49 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from token_swarm.decoding.in_process import LocalEnsemble
-from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadParameter
 from token_swarm.experts.transformers.expert import TransformersExpert
-from token_swarm.search import data
+from token_swarm.search.data import LeftOutExample
 from token_swarm.search.evaluators import ProcessPoolEvaluator, RayEvaluator, Remade, SerialEvaluator
 from token_swarm.search.optimisers.space import Space
 from token_swarm.search.run.run import Task
 from token_swarm.search.run.subset import Subset
-from token_swarm.search.score_cache.cache import ExpertKey, ScoreCache, fill, filled, model_identity
+from token_swarm.search.score_cache.cache import ROWS_LIMIT, ExpertKey, ScoreCache, fill, filled, model_identity
 from token_swarm.search.score_cache.reader import Detail, Passage
 from token_swarm.search.score_cache.token_scores import needed_detail
-from token_swarm.search.utilities import (
-    ExactMatch,
-    Generations,
-    Harmonic,
-    Judge,
-    JudgeClient,
-    JudgeSettings,
-    LogLikelihood,
-    MultipleChoice,
-    Normalise,
-    Preference,
-    PrefixSharing,
-    Regex,
-    Reward,
-    SequenceClassifier,
-    load_function,
-    local_generate,
-)
+from token_swarm.search.utilities import Generations, Harmonic
 from token_swarm.search.utility import Evaluator, Utility
-from token_swarm_server.config.cores import available_cores
-from token_swarm_server.config.settings import ExpertSettings, Settings
-from token_swarm_server.search.remote import RemoteEnsemble
+from token_swarm_server.search.experts import LocalExperts, RemoteExperts
+from token_swarm_server.search.goals import (
+    CACHED,
+    Goal,
+    Judging,
+    UtilityName,
+    cached,
+    passages_of_goal,
+    writing,
+)
 
-
-class UtilityName(StrEnum):
-    """Values of --utility."""
-
-    LOGLIKELIHOOD = "loglikelihood"
-    MULTIPLE_CHOICE = "multiple-choice"
-    PREFERENCE = "preference"
-    EXACT_MATCH = "exact-match"
-    REGEX = "regex"
-    REWARD = "reward"
-    JUDGE = "judge"
-
-
-SCHEMAS: dict[UtilityName, type[data.Example]] = {
-    UtilityName.LOGLIKELIHOOD: data.TextExample,
-    UtilityName.MULTIPLE_CHOICE: data.ChoiceExample,
-    UtilityName.PREFERENCE: data.PreferenceExample,
-    UtilityName.EXACT_MATCH: data.AnswerExample,
-    UtilityName.REGEX: data.PatternExample,
-    UtilityName.REWARD: data.PromptExample,
-    UtilityName.JUDGE: data.PromptExample,
-}
-CACHED = (UtilityName.LOGLIKELIHOOD, UtilityName.MULTIPLE_CHOICE, UtilityName.PREFERENCE)
-"""Judged from the score cache; the others write text."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One utility and its examples. Several of them are one harmonic mean."""
-
-    utility: UtilityName
-    dataset: data.Dataset[Any]
-
-    @classmethod
-    def load(cls, utility: UtilityName, path: Path, limit: int | None) -> Goal:
-        """Read the first `limit` examples of a JSONL file; None: all. Raises DataError, BadParameter, OSError."""
-        return cls(utility, data.load_jsonl(path, SCHEMAS[utility]).head(limit))
-
-
-@dataclass(frozen=True)
-class Judging:
-    """How examples are judged: what only some of the utilities look at."""
-
-    normalise: Normalise = Normalise.SUM
-    extract: str | None = None
-    numeric: bool = False
-    reward: str | None = None
-    judge: JudgeSettings | None = None
-    request: DecodeRequest = field(default_factory=DecodeRequest)
-
-
-@dataclass(frozen=True)
-class LocalExperts:
-    """The experts of a configuration, loaded in this process. models: what each of them loads. Can be pickled."""
-
-    models: Mapping[str, str]
-    settings: Mapping[str, ExpertSettings]
-    cache: Path
-
-    @classmethod
-    def of(cls, settings: Settings, models: Mapping[str, str]) -> LocalExperts:
-        """Raises BadParameter for an expert that runs elsewhere."""
-        for name, each in settings.experts.items():
-            if name not in models or each.model is None:
-                raise BadParameter(
-                    f"experts.{name}.address", each.address, "left out: the search loads its experts itself"
-                )
-        return cls(dict(models), dict(settings.experts), settings.cache.absolute())
-
-    def load(self, name: str, *, share: int = 1) -> TransformersExpert:
-        """One expert; `share`: how many use this machine's cores together. Raises ExpertLoadError."""
-        given = self.settings[name]
-        return TransformersExpert(
-            name,
-            self.models[name],
-            device=given.device,
-            dtype=given.dtype,
-            threads=given.threads or max(1, len(available_cores()) // share),
-            max_sequences=given.max_sequences,
-            max_context=given.max_context,
-        )
-
-    def generations(self, request: DecodeRequest, keys: Mapping[str, ExpertKey]) -> Generations:
-        """All of them, writing texts together. Raises ExpertLoadError."""
-        experts = {name: PrefixSharing(self.load(name, share=len(self.models))) for name in self.models}
-        local = LocalEnsemble(experts, self.cache / "tries")
-        marks = {name: key.fingerprint for name, key in keys.items()}
-        return Generations(local_generate(local), request, marks, self.cache / "generations")
-
-
-@dataclass(frozen=True)
-class RemoteExperts:
-    """The experts of a running server, which writes `concurrency` texts at a time. cache: folder of texts."""
-
-    server: RemoteEnsemble
-    cache: Path
-    concurrency: int = 1
-
-    def generations(self, request: DecodeRequest, keys: Mapping[str, ExpertKey]) -> Generations:
-        """All of them, writing texts together."""
-        marks = {name: key.fingerprint for name, key in keys.items()}
-        return Generations(self.server.generate, request, marks, self.cache / "generations", self.concurrency)
+__all__ = [
+    "Goal",
+    "Judging",
+    "LocalExperts",
+    "Preparation",
+    "RemoteExperts",
+    "UtilityName",
+    "evaluating",
+]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is searched, and with which experts. progress: told the expert, the file, passages read and all of them."""
+    """What is searched, and with which experts.
+
+    progress: told the expert, the file, passages read and all of them. say: told in words what takes long, and why.
+    rows_limit: most bytes of one expert's logit rows.
+    """
 
     experts: LocalExperts | RemoteExperts
     goals: tuple[Goal, ...]
@@ -160,6 +56,14 @@ class Preparation:
     space: Space
     test: float
     progress: Callable[[str, str, int, int], None] = field(default=lambda *_: None, repr=False)
+    say: Callable[[str], None] = field(default=lambda _: None, repr=False)
+    rows_limit: int = ROWS_LIMIT
+
+    def check(self) -> None:
+        """Find what is wrong with the data before an expert is loaded. Raises BadParameter."""
+        for goal in self.goals:
+            goal.sides(self.test)
+            goal.check(self.judging)
 
     def task(self, *, workers: int = 1) -> Task:
         """Load what is needed, read what was not read yet, and put the halves of the data together.
@@ -167,14 +71,19 @@ class Preparation:
         With several workers, experts that write text are loaded in each of them instead of here. Raises BadParameter
         for data, experts or options that do not fit one another, ExpertLoadError, and what reading raises.
         """
-        everything = [(tuple(range(len(goal.dataset))), ()) for goal in self.goals]
-        splits = [goal.dataset.split(self.test) for goal in self.goals] if self.test else everything
-        passages = [_passages(goal) for goal in self.goals]
+        passages = [passages_of_goal(goal) for goal in self.goals]
         keys = self._keys(passages)
         generations = None
         if workers == 1 and any(goal.utility not in CACHED for goal in self.goals):
             generations = self.experts.generations(self.judging.request, keys)
-        wholes = [self._utility(*each, keys, generations) for each in zip(self.goals, passages, strict=True)]
+        caches = [
+            ScoreCache(self.experts.cache / "scores", list(keys.values()), own) if own else None for own in passages
+        ]
+        left_out = [_left_out(goal, cache) for goal, cache in zip(self.goals, caches, strict=True)]
+        splits = [self._sides(goal, own) for goal, own in zip(self.goals, left_out, strict=True)]
+        wholes = [
+            self._utility(goal, cache, keys, generations) for goal, cache in zip(self.goals, caches, strict=True)
+        ]
         dev, test = (
             [Subset(whole, halves[side]) for whole, halves in zip(wholes, splits, strict=True) if halves[side]]
             for side in (0, 1)
@@ -186,7 +95,25 @@ class Preparation:
             experts={name: key.fingerprint for name, key in keys.items()},
             fingerprints={name: key.vocabulary for name, key in keys.items()},
             data_hash=self._data_hash(),
+            left_out=tuple(example for own in left_out for example in own),
         )
+
+    def _sides(self, goal: Goal, left_out: Sequence[LeftOutExample]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The examples of dev and test that every expert can read. Raises BadParameter where that is not enough."""
+        gone = {example.index for example in left_out}
+        if 2 * len(gone) > len(goal.dataset):
+            first = left_out[0]
+            raise BadParameter(
+                goal.dataset.name,
+                f"{len(gone)} of {len(goal.dataset)} examples cannot be read",
+                f"a file of which every expert reads at least half; {first}",
+            )
+        dev, test = (tuple(i for i in side if i not in gone) for side in goal.sides(self.test))
+        for name, side in (("dev", dev), ("test", test)):
+            if not side and (name == "dev" or self.test):
+                empty = f"empty without the {len(gone)} examples that are left out"
+                raise BadParameter(f"{goal.dataset.name}: {name} split", empty, "at least one example")
+        return dev, test
 
     def _keys(self, passages: Sequence[Sequence[Passage]]) -> dict[str, ExpertKey]:
         """Every expert's key; an expert reads all the passages that it has not read before."""
@@ -200,6 +127,7 @@ class Preparation:
 
         def expert(name: str) -> TransformersExpert:
             if name not in loaded:
+                self.say(f"loading {name}")
                 loaded[name] = experts.load(name)
             return loaded[name]
 
@@ -209,11 +137,11 @@ class Preparation:
                 name: key or ExpertKey.of(expert(name).spec, model_identity(experts.models[name]))
                 for name, key in keys.items()
             }
-            detail = self._detail(list(found.values())) if any(passages) else Detail.BYTES
+            details = self._details(list(found.values())) if any(passages) else {}
             for name, key in found.items():
                 for goal, own in zip(self.goals, passages, strict=True):
-                    if own and filled(experts.cache / "scores", own, name, key.source, detail) != key:
-                        self._read(experts, expert(name), key.source, goal, own, detail)
+                    if own and filled(experts.cache / "scores", own, name, key.source, details[name]) != key:
+                        self._read(experts, expert(name), key.source, goal, own, details[name])
             return found
         finally:
             for each in loaded.values():
@@ -228,15 +156,22 @@ class Preparation:
                 return key
         return None
 
-    def _detail(self, keys: Sequence[ExpertKey]) -> Detail:
-        """How much of what the experts say the space needs. Raises BadParameter when nothing cached would do."""
+    def _details(self, keys: Sequence[ExpertKey]) -> Mapping[str, Detail]:
+        """How much of what each expert says the space needs."""
         probe = 0.9 * self.space.uniform()  # a single expert's power is searched too
         if self.space.temperatures:
             probe[len(self.space.experts) :] = 0.1
-        detail, field_name, value, why = needed_detail(keys, self.space.mixture(probe))
-        if detail is None:
-            raise BadParameter(field_name, value, f"{why}; across vocabularies only bytes are cached")
-        return detail
+        need = needed_detail(keys, self.space.mixture(probe))
+        rows = [name for name, detail in need.details.items() if detail is Detail.ROWS]
+        if rows:
+            # Token by token: a forward is not needed, but every token of the vocabulary is.
+            why = "temperatures reshape tokens" if self.space.temperatures else "they are mixed token by token"
+            self.say(
+                f"the logit rows of {', '.join(rows)} are kept, as {why}: every particle is mixed from them anew, "
+                "exactly but slowly (seconds where bytes take milliseconds; --workers N shares them out); the linear "
+                "rule without temperatures needs no rows"
+            )
+        return need.details
 
     def _read(
         self,
@@ -249,29 +184,24 @@ class Preparation:
     ) -> None:
         told = partial(self.progress, expert.spec.name, goal.dataset.name)
         tries, root = experts.cache / "tries", experts.cache / "scores"
-        fill(root, expert, passages, source=source, detail=detail, tries=tries, progress=told)
+        limit = self.rows_limit
+        fill(root, expert, passages, source=source, detail=detail, tries=tries, progress=told, rows_limit=limit)
 
     def _utility(
         self,
         goal: Goal,
-        passages: Sequence[Passage],
+        cache: ScoreCache | None,
         keys: Mapping[str, ExpertKey],
         generations: Generations | None,
     ) -> Utility:
-        if goal.utility in CACHED:
-            return self._cached(goal, ScoreCache(self.experts.cache / "scores", list(keys.values()), passages))
+        if cache is not None:
+            return cached(goal, cache, self.judging.normalise)
         if generations is not None:
-            return _writing(goal, self.judging, generations)
+            return writing(goal, self.judging, generations)
         if isinstance(self.experts, RemoteExperts):
             raise BadParameter("workers", "processes", "left out with a server, which writes several texts at a time")
         factory = partial(_in_worker, goal, self.judging, self.experts, keys)
         return Remade(factory, name=goal.utility.value, smooth=False, items=len(goal.dataset))
-
-    def _cached(self, goal: Goal, cache: ScoreCache) -> Utility:
-        if goal.utility is UtilityName.LOGLIKELIHOOD:
-            return LogLikelihood(cache)
-        kind = MultipleChoice if goal.utility is UtilityName.MULTIPLE_CHOICE else Preference
-        return kind(cache, goal.dataset.examples, self.judging.normalise)
 
     def _data_hash(self) -> str:
         digest = hashlib.sha256(f"{self.test}".encode())
@@ -280,39 +210,19 @@ class Preparation:
         return digest.hexdigest()
 
 
-def _passages(goal: Goal) -> list[Passage]:
-    """What the score cache has to hold for a goal; nothing for one that writes text."""
-    examples = goal.dataset.examples
-    if goal.utility is UtilityName.LOGLIKELIHOOD:
-        return LogLikelihood.passages(examples)
-    if goal.utility is UtilityName.MULTIPLE_CHOICE:
-        return MultipleChoice.passages(examples)
-    return Preference.passages(examples) if goal.utility is UtilityName.PREFERENCE else []
-
-
 def _in_worker(goal: Goal, judging: Judging, experts: LocalExperts, keys: Mapping[str, ExpertKey]) -> Utility:
     """The utility in a process that loads the experts for itself."""
-    return _writing(goal, judging, experts.generations(judging.request, keys))
+    return writing(goal, judging, experts.generations(judging.request, keys))
 
 
-def _writing(goal: Goal, judging: Judging, generations: Generations) -> Utility:
-    """A utility that judges texts. Raises BadParameter for a reward or a judge that is missing."""
-    examples = goal.dataset.examples
-    if goal.utility is UtilityName.EXACT_MATCH:
-        return ExactMatch(examples, generations, extract=judging.extract, numeric=judging.numeric)
-    if goal.utility is UtilityName.REGEX:
-        return Regex(examples, generations)
-    if goal.utility is UtilityName.JUDGE:
-        if judging.judge is None:
-            raise BadParameter("judge", None, "the address and the name of a model that judges")
-        folder = None if generations.folder is None else generations.folder.parent / "judgements"
-        return Judge(examples, generations, JudgeClient(judging.judge, folder))
-    if judging.reward is None:
-        raise BadParameter("reward", None, "module:function, or the directory or hub id of a sequence classifier")
-    is_function = ":" in judging.reward and not Path(judging.reward).exists()
-    return Reward(
-        examples, generations, load_function(judging.reward) if is_function else SequenceClassifier(judging.reward)
-    )
+def _left_out(goal: Goal, cache: ScoreCache | None) -> list[LeftOutExample]:
+    """The examples of which an expert cannot read a passage."""
+    found = []
+    for index, example in enumerate(goal.dataset.examples if cache and cache.left_out else ()):
+        own = next((cache.left_out[i] for i in goal.passages_of(index) if cache and i in cache.left_out), None)
+        if own is not None:
+            found.append(LeftOutExample(goal.dataset.name, index, example.id, *own))
+    return found
 
 
 def _joined(halves: Sequence[Subset]) -> Utility:

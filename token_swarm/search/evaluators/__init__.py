@@ -4,5 +4,6 @@ from token_swarm.search.evaluators.pool import ProcessPoolEvaluator
 from token_swarm.search.evaluators.ray import RayEvaluator
 from token_swarm.search.evaluators.remade import Remade
 from token_swarm.search.evaluators.serial import SerialEvaluator
+from token_swarm.search.evaluators.watched import WatchedEvaluator
 
-__all__ = ["ProcessPoolEvaluator", "RayEvaluator", "Remade", "SerialEvaluator"]
+__all__ = ["ProcessPoolEvaluator", "RayEvaluator", "Remade", "SerialEvaluator", "WatchedEvaluator"]

@@ -20,6 +20,7 @@ class Remade:
 
     def __init__(self, factory: Callable[[], Utility], *, name: str, smooth: bool, items: int) -> None:
         self.name, self.smooth, self.items = name, smooth, items
+        self.by_items = True
         self._factory = factory
         self._made: Utility | None = None
 

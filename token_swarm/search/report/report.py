@@ -17,6 +17,8 @@ from token_swarm.search.report import plots
 from token_swarm.search.report.comparison import Row, Table
 from token_swarm.search.report.measure import Measure
 from token_swarm.search.run.run import CONFIG, HISTORY, Result, Task
+from token_swarm.search.run.subset import Subset
+from token_swarm.search.utilities import Harmonic, Judge
 
 REPORT, COMPARISON = "report.html", "comparison.json"
 _ROUNDING = 1e-15
@@ -64,6 +66,15 @@ def comparison_json(table: Table) -> dict[str, Any]:
     return finite
 
 
+def notes_of(task: Task) -> list[str]:
+    """What the utilities have to say of themselves, such as answers of a judge that could not be read."""
+    halves = [half for half in (task.dev, task.test) if half is not None]
+    utilities = [utility for half in halves for utility in (half.utilities if isinstance(half, Harmonic) else (half,))]
+    wholes = [utility.whole if isinstance(utility, Subset) else utility for utility in utilities]
+    notes = [own.client.usage.note for own in wholes if isinstance(own, Judge)]
+    return list(dict.fromkeys(note for note in notes if note is not None))
+
+
 def _finite(value: Any) -> Any:
     """JSON has no infinity: null for a score of something impossible, and for a bound that is none."""
     if isinstance(value, float):
@@ -97,6 +108,9 @@ def _page(
             f"<p>The learned particle gets {table.gained} of the {table.nobody} examples right that no single expert "
             "gets right.</p>",
         ]
+    if task.left_out:
+        items = "".join(f"<li>{escape(str(example))}</li>" for example in task.left_out)
+        sections += [f"<h2>Left out</h2><ul class='note'>{items}</ul>"]
     sections += ["<h2>Provenance</h2>", _provenance(task, result, config)]
     body = "\n".join(sections)
     title = escape(f"Search report: {result.particle.name}")
@@ -109,6 +123,12 @@ def _page(
 
 def _summary(task: Task, result: Result, table: Table, measure: Measure) -> str:
     learned = table.rows[0]
+    if result.undecided is not None:
+        return (
+            f"Nothing was learned: every one of {result.evaluations:,} particles scored "
+            f"{measure.text(result.undecided)} ({measure.label}) on the {task.dev.items} dev examples, so that none is "
+            "better than another."
+        )
     sentences = [
         f"Learned from {task.dev.items} examples with {result.evaluations:,} evaluations in {result.seconds:.1f} s: "
         f"{mixture_text(learned.mixture)}."
@@ -129,7 +149,9 @@ def _summary(task: Task, result: Result, table: Table, measure: Measure) -> str:
         )
     if result.failures:
         sentences.append(f"{result.failures} particles failed and counted as the worst.")
-    return " ".join(sentences)
+    if task.left_out:
+        sentences.append(f"{len(task.left_out)} examples were left out, see below.")
+    return " ".join([*sentences, *notes_of(task)])
 
 
 def mixture_text(mixture: Mixture) -> str:
@@ -193,7 +215,10 @@ def _row(row: Row, measure: Measure) -> str:
 def _provenance(task: Task, result: Result, config: dict[str, Any]) -> str:
     facts: list[tuple[str, object]] = [
         ("utility", result.particle.utility),
-        ("examples", f"{task.dev.items} dev, {task.test.items if task.test else 0} test"),
+        (
+            "examples",
+            f"{task.dev.items} dev, {task.test.items if task.test else 0} test, {len(task.left_out)} left out",
+        ),
         ("data hash", task.data_hash),
         ("iterations", result.iterations),
         ("particles judged", f"{result.evaluations:,} ({result.examples:,} examples)"),

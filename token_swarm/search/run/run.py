@@ -15,6 +15,7 @@ import numpy as np
 from token_swarm.errors import BadParameter, FailedPrecondition
 from token_swarm.files import replacing
 from token_swarm.particle import Mixture, Particle
+from token_swarm.search.data import LeftOutExample
 from token_swarm.search.optimisers.base import Optimiser
 from token_swarm.search.optimisers.registry import OPTIMISERS, make_optimiser
 from token_swarm.search.optimisers.space import Space
@@ -34,7 +35,8 @@ class Task:
     """What a particle is learned for.
 
     dev is searched, test is looked at once, at the end. experts: name -> fingerprint of all that decides an expert's
-    laws, for resuming; fingerprints: name -> vocabulary fingerprint, for the artefact; data_hash: of all examples.
+    laws, for resuming; fingerprints: name -> vocabulary fingerprint, for the artefact; data_hash: of all examples;
+    left_out: those that take no part.
     """
 
     space: Space
@@ -43,17 +45,22 @@ class Task:
     experts: Mapping[str, str]
     fingerprints: Mapping[str, str]
     data_hash: str
+    left_out: tuple[LeftOutExample, ...] = ()
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How it is searched. settings: see `make_optimiser`; race: see `Race`, None judges everybody on everything."""
+    """How it is searched. settings: see `make_optimiser`; race: see `Race`, None judges everybody on everything.
+
+    keep_undecided: write the particle down even where every particle has the same utility.
+    """
 
     name: str = "learned"
     optimiser: str = OPTIMISERS[0]
     settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     race: tuple[int, ...] | None = None
+    keep_undecided: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class Progress:
 @dataclass(frozen=True)
 class Result:
     """What was found. population: [n, dimension], the particles at the end; examples: particles x examples judged;
-    failures: particles that failed in the whole search.
+    failures: particles that failed in the whole search; undecided: the score that all particles have in common, where
+    none was better than another: then nothing was learned. None where something was.
     """
 
     particle: Particle
@@ -83,6 +91,7 @@ class Result:
     examples: int
     seconds: float
     failures: int
+    undecided: float | None = None
 
 
 class Search:
@@ -119,8 +128,8 @@ class Search:
         """What a checkpoint of this search belongs to."""
         space = self._task.space
         config = {
-            # A name decides nothing: a finished search may be given another one.
-            **{key: value for key, value in asdict(self._config).items() if key != "name"},
+            # What decides nothing may be another one when a finished search is run again.
+            **{key: value for key, value in asdict(self._config).items() if key not in ("name", "keep_undecided")},
             "experts": list(space.experts),
             "rule": space.rule.value,
             "temperatures": space.temperatures,
@@ -241,6 +250,7 @@ class Search:
         if best is None:
             raise SearchFailed("no particle gives every example a probability above 0")
         mixture = task.space.mixture(best.position)
+        undecided = self._undecided()
         test_score = None
         if task.test is not None:
             tested = judge(self._evaluator, task.test, [mixture])
@@ -257,8 +267,10 @@ class Search:
             seed=self._config.seed,
             dev_score=best.utility,
             test_score=test_score,
+            undecided=undecided is not None,
         )
-        self._write(self._folder / PARTICLE, particle.to_json())
+        if undecided is None or self._config.keep_undecided:
+            self._write(self._folder / PARTICLE, particle.to_json())
         return Result(
             particle=particle,
             population=self._optimiser.population,
@@ -267,7 +279,21 @@ class Search:
             examples=self._examples,
             seconds=self._seconds,
             failures=self._failures,
+            undecided=undecided,
         )
+
+    def _undecided(self) -> float | None:
+        """The utility of all particles of the whole search, if different ones have no other."""
+        utilities: set[float | None] = set()
+        positions: set[tuple[float, ...]] = set()
+        with (self._folder / HISTORY).open(encoding="utf-8") as file:
+            for line in map(json.loads, file):
+                utilities.update(line["utilities"])
+                positions.update(map(tuple, line["positions"]))
+                if len(utilities) > 1:
+                    return None
+        only = utilities.pop()
+        return only if len(positions) > 1 else None
 
     def _write(self, path: Path, text: str) -> None:
         try:

@@ -125,6 +125,7 @@ class GeneratedUtility(ABC, Generic[E]):
     """
 
     smooth = False
+    by_items = True
 
     def __init__(self, name: str, examples: Sequence[E], generations: Generations) -> None:
         self.name, self.examples, self.generations = name, tuple(examples), generations

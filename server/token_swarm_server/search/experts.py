@@ -1,0 +1,74 @@
+"""The experts of a search: loaded in this process, or those of a server that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from token_swarm.decoding.in_process import LocalEnsemble
+from token_swarm.decoding.request import DecodeRequest
+from token_swarm.errors import BadParameter
+from token_swarm.experts.transformers.expert import TransformersExpert
+from token_swarm.search.score_cache.cache import ExpertKey
+from token_swarm.search.utilities import Generations, PrefixSharing, local_generate
+from token_swarm_server.config.cores import available_cores
+from token_swarm_server.config.settings import ExpertSettings, Settings
+from token_swarm_server.search.remote import RemoteEnsemble
+
+
+@dataclass(frozen=True)
+class LocalExperts:
+    """The experts of a configuration, loaded in this process. models: what each of them loads. Can be pickled."""
+
+    models: Mapping[str, str]
+    settings: Mapping[str, ExpertSettings]
+    cache: Path
+
+    @classmethod
+    def of(cls, settings: Settings, models: Mapping[str, str]) -> LocalExperts:
+        """Raises BadParameter for an expert that runs elsewhere."""
+        for name, each in settings.experts.items():
+            if name not in models or each.model is None:
+                raise BadParameter(
+                    f"experts.{name}.address", each.address, "left out: the search loads its experts itself"
+                )
+        return cls(dict(models), dict(settings.experts), settings.cache.absolute())
+
+    def load(self, name: str, *, share: int = 1) -> TransformersExpert:
+        """One expert; `share`: how many use this machine's cores together. Raises ExpertLoadError."""
+        from transformers.utils import logging
+
+        # Who searches says what is loaded; a bar for each model would run through it.
+        logging.disable_progress_bar()
+        given = self.settings[name]
+        return TransformersExpert(
+            name,
+            self.models[name],
+            device=given.device,
+            dtype=given.dtype,
+            threads=given.threads or max(1, len(available_cores()) // share),
+            max_sequences=given.max_sequences,
+            max_context=given.max_context,
+        )
+
+    def generations(self, request: DecodeRequest, keys: Mapping[str, ExpertKey]) -> Generations:
+        """All of them, writing texts together. Raises ExpertLoadError."""
+        experts = {name: PrefixSharing(self.load(name, share=len(self.models))) for name in self.models}
+        local = LocalEnsemble(experts, self.cache / "tries")
+        marks = {name: key.fingerprint for name, key in keys.items()}
+        return Generations(local_generate(local), request, marks, self.cache / "generations")
+
+
+@dataclass(frozen=True)
+class RemoteExperts:
+    """The experts of a running server, which writes `concurrency` texts at a time. cache: folder of texts."""
+
+    server: RemoteEnsemble
+    cache: Path
+    concurrency: int = 1
+
+    def generations(self, request: DecodeRequest, keys: Mapping[str, ExpertKey]) -> Generations:
+        """All of them, writing texts together."""
+        marks = {name: key.fingerprint for name, key in keys.items()}
+        return Generations(self.server.generate, request, marks, self.cache / "generations", self.concurrency)
