@@ -291,8 +291,12 @@ async def test_bad_requests_get_one_clear_status_and_the_server_lives_on(tmp_pat
                 assert status is not None
                 assert status.details[0].Unpack(violation)
                 assert violation.field_violations[0].field
-        for request in (swarm_pb2.ScoreRequest(text=""), swarm_pb2.ScoreRequest(text="a" * 300)):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
+        for request, field in (
+            (swarm_pb2.ScoreRequest(text=""), "text"),
+            (swarm_pb2.ScoreRequest(text="xyz"), "text"),
+            (swarm_pb2.ScoreRequest(prompt="a" * 300, text="a"), "prompt"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=f"{field}: ") as caught:
                 await running.stub.Score(request)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         text, _ = await collect(running.stub.Generate(swarm_pb2.GenerateRequest(prompt="ab", max_bytes=5)))

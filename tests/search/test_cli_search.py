@@ -247,7 +247,12 @@ BAD = {
     "judge": ("judge", "prompts.jsonl", (), ["--judge"]),
     "judge model": ("judge", "prompts.jsonl", ("--judge", "http://x"), ["--judge-model"]),
     "reward": ("reward", "prompts.jsonl", (), ["--reward"]),
-    "rows": ("loglikelihood", "texts.jsonl", ("--temperatures", "--rows-limit", "0", "--limit", "6"), ["logit rows", "--rows-limit"]),
+    "rows": (
+        "loglikelihood",
+        "texts.jsonl",
+        ("--temperatures", "--rows-limit", "0", "--limit", "6"),
+        ["logit rows", "--rows-limit"],
+    ),
     "particles of a swarm": ("loglikelihood", "texts.jsonl", ("--swarm-size", "1"), ["particles", "at least 2"]),
     "name": ("loglikelihood", "texts.jsonl", ("--name", "a/b"), ["--name", "a/b"]),
     "folder": ("loglikelihood", "texts.jsonl", ("--particles", "/proc/none"), ["--particles", "cannot be written"]),

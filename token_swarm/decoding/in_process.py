@@ -11,6 +11,8 @@ from token_swarm.decoding.ensemble import Ensemble
 from token_swarm.decoding.forwards import Calls, Outcome
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.decoding.score import Score, Scorer, scored_text
+from token_swarm.decoding.windows import Window, encode_window, join_scores, plan_windows, token_lengths
+from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import EncodedPrompt, Expert
 from token_swarm.particle import Mixture
 
@@ -74,9 +76,46 @@ class LocalEnsemble:
         text = "".join(self.stream(decoder))
         return text, decoder.finish
 
-    def score(self, prompt: str, text: str, mixture: Mixture) -> Score:
-        """Log-probability of `text` after `prompt`, under the ensemble and under each of its experts."""
-        scorer = self.scorer(prompt, text, mixture)
+    def score(
+        self, prompt: str, text: str, mixture: Mixture, *, chat: bool = False, stride: int | None = None
+    ) -> Score:
+        """Log-probability of `text` after `prompt`, under the ensemble and under each of its experts.
+
+        A text that outgrows a context is scored in windows of `stride` bytes: see `decoding.windows`.
+        """
+        if not text:
+            raise BadParameter("text", text, "at least one byte")
+        prompts = self.encode(mixture, prompt, chat=chat)
+        tokens = self._tokens(prompts, text)
+        specs = self.ensemble.specs
+        lengths = {name: token_lengths(specs[name], prompts[name], text, own) for name, own in tokens.items()}
+        stride, windows = plan_windows(text.encode(), lengths, stride)
+        if len(windows) == 1:
+            return self._score(Scorer(self.ensemble, mixture, prompts, text, tokens, self.allocate))
+        scores = []
+        for window in windows:
+            encoded = {name: self._encoded(name, prompts[name], text, window) for name in prompts}
+            before = {name: own for name, (own, _) in encoded.items()}
+            own = text.encode()[window.start : window.stop].decode()
+            read = {name: tokens for name, (_, tokens) in encoded.items()}
+            scores.append(self._score(Scorer(self.ensemble, mixture, before, own, read, self.allocate)))
+        return join_scores(stride, windows, scores)
+
+    def _encoded(
+        self, name: str, prompt: EncodedPrompt, text: str, window: Window
+    ) -> tuple[EncodedPrompt, tuple[int, ...]]:
+        """What an expert reads before a window, and the window's tokens."""
+        expert, answer = self._experts[name], None
+        steps = encode_window(expert.spec, prompt, text.encode(), window)
+        while True:
+            try:
+                asked = steps.send(answer)
+            except StopIteration as done:
+                encoded: tuple[EncodedPrompt, tuple[int, ...]] = done.value
+                return encoded
+            answer = expert.encode(asked.text) if asked.as_prompt else expert.tokenize(asked.text)
+
+    def _score(self, scorer: Scorer) -> Score:
         try:
             while calls := scorer.calls():
                 scorer.resume(self.run(calls))
@@ -85,10 +124,13 @@ class LocalEnsemble:
         return scorer.score
 
     def scorer(self, prompt: str, text: str, mixture: Mixture) -> Scorer:
-        """A scorer for one text; drive it with `run`."""
+        """A scorer for a text that fits every context; drive it with `run`."""
         prompts = self.encode(mixture, prompt)
-        tokens = {
+        return Scorer(self.ensemble, mixture, prompts, text, self._tokens(prompts, text), self.allocate)
+
+    def _tokens(self, prompts: Mapping[str, EncodedPrompt], text: str) -> dict[str, tuple[int, ...]]:
+        """Each expert's canonical tokens of what `scored_text` says."""
+        return {
             name: self._experts[name].tokenize(scored_text(self.ensemble.specs[name], encoded, text)[1])
             for name, encoded in prompts.items()
         }
-        return Scorer(self.ensemble, mixture, prompts, text, tokens, self.allocate)

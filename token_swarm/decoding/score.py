@@ -52,14 +52,28 @@ class ExpertScore:
         return float(np.sum(self.per_byte))
 
 
+@dataclass(frozen=True)
+class ScoredWindow:
+    """Bytes that were scored in one pass. context: bytes of the text before them that every expert had read."""
+
+    start: int
+    length: int
+    context: int
+
+
 @dataclass
 class Score:
-    """Log-probabilities (nats) of a text of `length` bytes. retired: see `ByteGroup`."""
+    """Log-probabilities (nats) of a text of `length` bytes. retired: see `ByteGroup`.
+
+    windows: of a text that was scored in several passes, which had `stride` bytes each after the first; else empty.
+    """
 
     length: int
     experts: dict[str, ExpertScore]
     per_byte: list[float] = field(default_factory=list)
     retired: float = 0.0
+    stride: int = 0
+    windows: list[ScoredWindow] = field(default_factory=list)
 
     @property
     def log_prob(self) -> float:

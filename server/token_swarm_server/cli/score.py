@@ -24,6 +24,15 @@ def score(
     weights: options.Weights = None,
     particle: options.ParticleName = None,
     rule: options.RuleOption = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a text longer than an expert's context: bytes that each window after the first scores, after as "
+            "much of the text before them as fits. Default: half of what the shortest context holds.",
+            min=1,
+            metavar="BYTES",
+        ),
+    ] = None,
     per_byte: Annotated[bool, typer.Option("--per-byte", help="Bits of every byte as well (--json).")] = False,
     address: options.Address = None,
     config: options.Config = None,
@@ -36,7 +45,8 @@ def score(
 ) -> None:
     """Measure how well the ensemble predicts a text.
 
-    Bits per byte of the ensemble and of each expert alone; lower is better.
+    Bits per byte of the ensemble and of each expert alone; lower is better. A text that is longer than an expert's
+    context is scored in rolling windows: every byte once, after as much of the text as fits.
 
     \b
     Examples:
@@ -54,6 +64,7 @@ def score(
         text=options.read_text("--text-file" if text_file else "--text", text, text_file),
         chat=chat,
         per_byte=per_byte,
+        stride=stride,
         **options.mixing_fields(weights, particle, rule),
     )
     credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
@@ -71,7 +82,20 @@ def score(
 
         from token_swarm_server.cli.report import score_table
 
-        Console().print(score_table(report))
+        console = Console()
+        console.print(score_table(report))
+        if report["windows"]:
+            console.print(_windows_line(report), highlight=False, soft_wrap=True)
+
+
+def _windows_line(report: dict[str, Any]) -> str:
+    """How a text that outgrew a context was scored."""
+    first, *later = report["windows"]
+    least = min(own["context_bytes"] for own in later)
+    return (
+        f"{report['bytes']:,} bytes in {1 + len(later)} windows: the first of {first['bytes']:,} bytes, then a stride "
+        f"of {report['stride']:,} (--stride), each after at least {least:,} bytes of the text"
+    )
 
 
 def _report(response: swarm_pb2.ScoreResponse, *, per_byte: bool) -> dict[str, Any]:
@@ -89,6 +113,10 @@ def _report(response: swarm_pb2.ScoreResponse, *, per_byte: bool) -> dict[str, A
         "token_level": {"experts": {each.expert: bits(each.token_log_prob) for each in response.experts}},
         "tokens": {each.expert: each.tokens for each in response.experts},
         "retired": response.retired,
+        "stride": response.stride or None,
+        "windows": [
+            {"start": own.start, "bytes": own.bytes, "context_bytes": own.context_bytes} for own in response.windows
+        ],
     }
     if per_byte:
         report["per_byte"] = {

@@ -20,7 +20,8 @@ from token_swarm_server.coordinator.admission import Admission
 from token_swarm_server.coordinator.expert.link import ExpertLink, LinkOptions, LinkState, Reviver
 from token_swarm_server.coordinator.mixing_pool import MixingPool
 from token_swarm_server.coordinator.recovery import Members, Prompt
-from token_swarm_server.coordinator.text import Generation, score_text
+from token_swarm_server.coordinator.scoring import score_text
+from token_swarm_server.coordinator.text import Generation
 from token_swarm_server.telemetry.breakdown import ExpertTime, Parts
 from token_swarm_server.telemetry.observer import Watch, Work
 from token_swarm_server.telemetry.sinks import Observability
@@ -205,8 +206,8 @@ class Engine:
             reopened=members.reopened,
         )
 
-    async def score(self, prompt: Prompt, text: str, watch: Watch) -> Score:
-        """Log-probability of `text` after the prompt. Raises as `generate` does."""
+    async def score(self, prompt: Prompt, text: str, watch: Watch, stride: int | None = None) -> Score:
+        """Log-probability of `text` after the prompt. stride: see `plan_windows`. Raises as `generate` does."""
         prompt.mixture.require_known(self.links)
         size = len(prompt.text.encode()) + len(text.encode())
         self.admission.require_room(prompt.mixture.active.keys(), 1, size)
@@ -216,7 +217,7 @@ class Engine:
             watch.planned(members.mixture.rule.value, Unit.BYTE.value, members.mixture.active)
             self.running += 1
             try:
-                return await score_text(self.ensemble, members, text, self._allocate, self.pool)
+                return await score_text(self.ensemble, members, text, self._allocate, self.pool, stride)
             finally:
                 self.running -= 1
 

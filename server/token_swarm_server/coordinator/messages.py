@@ -149,6 +149,10 @@ def score_to_proto(score: Score, *, per_byte: bool) -> swarm_pb2.ScoreResponse:
             for name, expert in score.experts.items()
         ],
         retired=score.retired,
+        stride=score.stride,
+        windows=[
+            swarm_pb2.ScoreWindow(start=own.start, bytes=own.length, context_bytes=own.context) for own in score.windows
+        ],
     )
 
 

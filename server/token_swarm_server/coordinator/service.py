@@ -112,7 +112,8 @@ class SwarmService(swarm_pb2_grpc.SwarmServiceServicer):
                 async with self._serving():
                     prompt = Prompt(request.prompt, request.chat, self._mixture(request))
                     plain = self._without_chat_template(prompt)
-                    score = await self._engine.score(prompt, request.text, watch)
+                    stride = request.stride if request.HasField("stride") else None
+                    score = await self._engine.score(prompt, request.text, watch, stride)
                     watch.finished("scored")
                     response = messages.score_to_proto(score, per_byte=request.per_byte)
                     response.without_chat_template.extend(plain)

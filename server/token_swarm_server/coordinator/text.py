@@ -12,7 +12,7 @@ from token_swarm.decoding.decoder import Decoder, ExpertUse, Finish
 from token_swarm.decoding.ensemble import Ensemble
 from token_swarm.decoding.forwards import Outcome
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.decoding.score import Score, Scorer, scored_text
+from token_swarm.decoding.score import scored_text
 from token_swarm.errors import BadLogits
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.mixing.groups import Unit
@@ -260,32 +260,3 @@ class Generation:
         self._end_pause()
         if self._decoder is not None:
             self.members.release(self._decoder.close())
-
-
-async def score_text(
-    ensemble: Ensemble, members: Members, text: str, allocate: Callable[[str], int], pool: MixingPool
-) -> Score:
-    """Log-probability of `text` under the experts of `members`. An expert that comes back goes on where it was lost.
-
-    Raises ExpertUnavailable, and what `Scorer` does.
-    """
-    prompts = await members.encode()
-    pieces = await members.each(lambda link: link.tokenize(scored_text(link.spec, prompts[link.name], text)[1]))
-    faults = 0
-    while True:
-        scorer = Scorer(ensemble, members.mixture, prompts, text, pieces, allocate)
-        try:
-            while calls := scorer.calls():
-                outcomes = await members.answers(members.ask(calls))
-                await pool.aside(partial(scorer.resume, outcomes))
-                await members.settle([name for name in calls if name not in outcomes])
-            return scorer.score
-        except BadLogits as fault:
-            faults += 1
-            if faults > _MAX_FAULTS:
-                raise
-            members.blame(fault)
-            at_fault = fault.experts
-        finally:
-            members.release(scorer.close())
-        await members.settle(at_fault)
