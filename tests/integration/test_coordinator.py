@@ -250,6 +250,32 @@ async def test_score_is_what_one_process_would_say(tmp_path: Path) -> None:
         await nothing_held(running)
 
 
+async def test_a_text_that_outgrows_a_context_is_scored_in_windows(tmp_path: Path) -> None:
+    text = "cabcaab" * 90
+    async with coordinator(tmp_path) as running:
+        request = swarm_pb2.ScoreRequest(
+            prompt="ab", text=text, mixture=mixture({"e0": 0.4, "e1": 0.6}), per_byte=True, stride=150
+        )
+        response = await running.stub.Score(request)
+        local = LocalEnsemble(toys([NESTED, LONG], max_context=200))
+        expected = local.score("ab", text, Mixture({"e0": 0.4, "e1": 0.6}), stride=150)
+        assert response.bytes == len(text)
+        assert list(response.byte_log_probs) == pytest.approx(expected.per_byte)
+        assert response.stride == 150
+        assert [(own.start, own.bytes, own.context_bytes) for own in response.windows] == [
+            (own.start, own.length, own.context) for own in expected.windows
+        ]
+        assert len(response.windows) > 2
+        response = await running.stub.Score(swarm_pb2.ScoreRequest(text=text))
+        assert 0 < response.stride < len(text)
+        assert not (await running.stub.Score(swarm_pb2.ScoreRequest(text="cab"))).windows
+        with pytest.raises(grpc.aio.AioRpcError, match="stride: 0"):
+            await running.stub.Score(swarm_pb2.ScoreRequest(text=text, stride=0))
+        with pytest.raises(grpc.aio.AioRpcError, match=r"prompt: .* tokens of expert e0.*context of 200 tokens"):
+            await running.stub.Score(swarm_pb2.ScoreRequest(prompt=text, text="cab"))
+        await nothing_held(running)
+
+
 SAMPLING = swarm_pb2.Sampling
 BAD: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
     ({"particle": "none"}, grpc.StatusCode.NOT_FOUND, "particle named 'none'"),

@@ -182,6 +182,61 @@ def test_choices_and_a_likelihood_have_a_harmonic_mean(home: Path, tmp_path: Pat
     assert 0 <= document["particle"]["dev_score"] <= 1
 
 
+@pytest.fixture(scope="module")
+def composing(home: Path) -> Path:
+    """As `home`, but one tokenizer normalises to NFC, as Qwen's does: some texts come out of it as others."""
+    folder = home / "composing"
+    for name, vocabulary in SIZES.items():
+        save_small_llama(folder / name, vocabulary)
+    path = folder / "large" / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(document | {"normalizer": {"type": "NFC"}}), encoding="utf-8")
+    experts = "".join(f"  {name}: {{model: {folder / name}, threads: 1, max_context: 128}}\n" for name in SIZES)
+    (folder / "config.yaml").write_text(f"experts:\n{experts}cache: {folder / 'cache'}\n")
+    return folder
+
+
+# U+0958 is excluded from composition: NFC writes two characters for it. The second has its accent apart.
+CHANGED = ["\u0958 is Hindi", "cafe\u0301"]
+
+
+def test_a_text_that_a_tokenizer_changes_is_left_out_and_counted(composing: Path, tmp_path: Path) -> None:
+    examples = [{"text": text} for text in TEXTS]
+    write(composing / "texts.jsonl", [{"id": "hindi", "text": CHANGED[0]}, *examples, {"text": CHANGED[1]}])
+    result = run(composing, "loglikelihood", "texts.jsonl", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [(each["index"], each["id"], each["expert"]) for each in document["left_out"]] == [
+        (0, "hindi", "large"),
+        (len(TEXTS) + 1, "", "large"),
+    ]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("left out")]
+    assert len(lines) == 2
+    for words in ("texts.jsonl, example 1 (hindi)", "expert large", "U+0958", "NFC"):
+        assert words in lines[0]
+    assert f"texts.jsonl, example {len(TEXTS) + 2}: expert large" in lines[1]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "2 examples were left out" in page
+    assert "U+0958" in page
+    particle = Particle.load(tmp_path / "run" / "particle.json")
+    assert particle.dev_score is not None
+
+
+def test_a_question_with_a_choice_that_is_left_out_is_left_out(composing: Path, tmp_path: Path) -> None:
+    examples = [{"prompt": "the ", "choices": ["cat", text, "rat"], "answer": 0} for text in [*TEXTS, CHANGED[0]]]
+    write(composing / "choices.jsonl", examples)
+    more = ("--no-report", "--keep-undecided", "--test", "0")
+    document = learned(composing, "multiple-choice", "choices.jsonl", tmp_path, *more)
+    assert [each["index"] for each in document["left_out"]] == [len(TEXTS)]
+
+
+@pytest.mark.parametrize(("good", "said"), [(1, "2 of 3 examples cannot be read"), (0, "that large can read")])
+def test_too_few_texts_that_can_be_read_are_refused(composing: Path, tmp_path: Path, good: int, said: str) -> None:
+    write(composing / "few.jsonl", [{"text": text} for text in [*CHANGED, *TEXTS[:good]]])
+    result = run(composing, "loglikelihood", "few.jsonl", tmp_path, "--test", "0")
+    refused(result, said, "U+0958", "NFC")
+
+
 def no_model(*_: object, **__: object) -> None:
     raise AssertionError("a model is loaded")
 
