@@ -43,7 +43,7 @@ class WatchedEvaluator:
                 parts.append(self._inner.evaluate(utility, mixtures[done : done + size], items))
             done += size
             self._rate = size * width / max(time.perf_counter() - started, 1e-9)
-            if done < whole:
+            if done < whole and width:
                 self._tell(done * width, whole * width)
         if len(parts) == 1:
             return parts[0]
