@@ -230,6 +230,16 @@ def test_a_question_with_a_choice_that_is_left_out_is_left_out(composing: Path, 
     assert [each["index"] for each in document["left_out"]] == [len(TEXTS)]
 
 
+def test_a_prompt_that_outgrows_a_context_is_left_out(home: Path, tmp_path: Path) -> None:
+    write(home / "long.jsonl", [{"prompt": text} for text in [*TEXTS, "the cat sat " * 60]])
+    more = ("--reward", "tests.search.test_cli_search:length", "--max-bytes", "2", "--optimiser", "random")
+    more += ("--iterations", "1", "--no-report", "--keep-undecided", "--test", "0")
+    document = learned(home, "reward", "long.jsonl", tmp_path, *more)
+    (own,) = document["left_out"]
+    assert own["index"] == len(TEXTS)
+    assert "context of 128 tokens" in own["reason"]
+
+
 @pytest.mark.parametrize(("good", "said"), [(1, "2 of 3 examples cannot be read"), (0, "that large can read")])
 def test_too_few_texts_that_can_be_read_are_refused(composing: Path, tmp_path: Path, good: int, said: str) -> None:
     write(composing / "few.jsonl", [{"text": text} for text in [*CHANGED, *TEXTS[:good]]])

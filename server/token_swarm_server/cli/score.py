@@ -11,6 +11,7 @@ import typer
 
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import CliError
+from token_swarm_server.cli.mixing_checks import check_mixing
 
 if TYPE_CHECKING:
     from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
@@ -68,6 +69,8 @@ def score(
         **options.mixing_fields(weights, particle, rule),
     )
     credentials = options.credentials(token_file, tls, tls_ca, tls_certificate, tls_key)
+
+    check_mixing(config, weights, particle)
 
     async def call(stub: swarm_pb2_grpc.SwarmServiceAsyncStub) -> Any:
         return await stub.Score(request)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.errors import BadParameter
+from token_swarm.errors import BadParameter, PromptTooLong
+from token_swarm.experts.contract import Expert
 from token_swarm.experts.transformers.expert import TransformersExpert
+from token_swarm.search.data import Example
 from token_swarm.search.score_cache.cache import ExpertKey
 from token_swarm.search.utilities import Generations, PrefixSharing, local_generate
 from token_swarm_server.config.cores import available_cores
@@ -57,7 +60,20 @@ class LocalExperts:
         experts = {name: PrefixSharing(self.load(name, share=len(self.models))) for name in self.models}
         local = LocalEnsemble(experts, self.cache / "tries")
         marks = {name: key.fingerprint for name, key in keys.items()}
-        return Generations(local_generate(local), request, marks, self.cache / "generations")
+        folder = self.cache / "generations"
+        return Generations(local_generate(local), request, marks, folder, refuses=partial(_refuses, experts))
+
+
+def _refuses(experts: Mapping[str, Expert], example: Example) -> tuple[str, str] | None:
+    """(expert, reason) of the first one that cannot read the prompt of an example and write a token after it."""
+    for name, expert in experts.items():
+        try:
+            length = len(expert.encode(example.prompt, chat=example.chat).tokens)
+        except ValueError as error:
+            return name, str(error)
+        if length >= expert.spec.max_context:
+            return name, str(PromptTooLong(name, length, expert.spec.max_context))
+    return None
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Preparation:
         caches = [
             ScoreCache(self.experts.cache / "scores", list(keys.values()), own) if own else None for own in passages
         ]
-        left_out = [_left_out(goal, cache) for goal, cache in zip(self.goals, caches, strict=True)]
+        left_out = [_left_out(goal, cache, generations) for goal, cache in zip(self.goals, caches, strict=True)]
         splits = [self._sides(goal, own) for goal, own in zip(self.goals, left_out, strict=True)]
         wholes = [
             self._utility(goal, cache, keys, generations) for goal, cache in zip(self.goals, caches, strict=True)
@@ -215,11 +215,15 @@ def _in_worker(goal: Goal, judging: Judging, experts: LocalExperts, keys: Mappin
     return writing(goal, judging, experts.generations(judging.request, keys))
 
 
-def _left_out(goal: Goal, cache: ScoreCache | None) -> list[LeftOutExample]:
-    """The examples of which an expert cannot read a passage."""
+def _left_out(goal: Goal, cache: ScoreCache | None, generations: Generations | None) -> list[LeftOutExample]:
+    """The examples of which an expert cannot read a passage, or the prompt of a text that is written."""
     found = []
-    for index, example in enumerate(goal.dataset.examples if cache and cache.left_out else ()):
-        own = next((cache.left_out[i] for i in goal.passages_of(index) if cache and i in cache.left_out), None)
+    for index, example in enumerate(goal.dataset.examples):
+        own = None
+        if cache is not None:
+            own = next((cache.left_out[i] for i in goal.passages_of(index) if i in cache.left_out), None)
+        elif generations is not None:
+            own = generations.refuses(example)
         if own is not None:
             found.append(LeftOutExample(goal.dataset.name, index, example.id, *own))
     return found

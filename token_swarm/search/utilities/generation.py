@@ -45,7 +45,8 @@ class Generations:
     request: how every text is decoded; its seed is the seed of the search, from which each prompt gets its own: every
     mixture draws with the same random numbers (common random numbers), so that they differ by their laws alone.
     fingerprints: what tells the experts apart, by name; part of a text's key, as are the prompt, the mixture and the
-    request. folder: None keeps texts in memory only. concurrency: calls of `generate` at one time, in threads.
+    request. folder: None keeps texts in memory only. concurrency: calls of `generate` at one time, in threads. refuses:
+    says which expert cannot read an example's prompt, and why; None where all can, or nobody knows before it is tried.
     """
 
     generate: Generate
@@ -53,6 +54,7 @@ class Generations:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
     concurrency: int = 1
+    refuses: Callable[[Example], tuple[str, str] | None] = lambda _: None
     written: int = 0
     """Texts that were generated, not found."""
     _memory: dict[str, str] = field(default_factory=dict)
