@@ -26,6 +26,14 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["code.json"]
 
 
+def test_a_particle_that_was_not_learned_says_so(tmp_path: Path) -> None:
+    for undecided in (False, True):
+        particle = Particle("tie", Mixture({"a": 1.0}), undecided=undecided)
+        assert ("undecided" in particle.to_json()) == undecided
+        particle.save(tmp_path / "tie.json")
+        assert Particle.load(tmp_path / "tie.json") == particle
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [

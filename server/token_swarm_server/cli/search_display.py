@@ -76,8 +76,8 @@ class Display:
     def reading(self, expert: str, file: str, done: int, total: int) -> None:
         """An expert has read `done` of `total` passages of a file."""
         if self._reading != (expert, file):
-            self._reading, self._started, self._read_before = (expert, file), self._clock(), done - 1
-        share = (done - self._read_before) / (total - self._read_before)
+            self._reading, self._started, self._read_before = (expert, file), self._clock(), done
+        share = (done - self._read_before) / max(total - self._read_before, 1)
         text = f"{expert} reads {file}: {done} of {total} passages{self._left(share)}"
         self._show(Text(f"{text}  {_bar(done / total)}"), text, always=done == total)
 
