@@ -734,6 +734,7 @@ class ScoreRequest(_message.Message):
     PARTICLE_FIELD_NUMBER: _builtins.int
     MIXTURE_FIELD_NUMBER: _builtins.int
     PER_BYTE_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request in logs and traces: up to 64 printable ASCII characters, others are left out. Empty: the server
     picks one. The metadata x-request-id of the answer says it.
@@ -750,6 +751,11 @@ class ScoreRequest(_message.Message):
     """Name of a particle, as ListParticles gives it."""
     per_byte: _builtins.bool
     """Return the log-probability of every byte as well."""
+    stride: _builtins.int
+    """Of a text that does not fit an expert's context: bytes that each window after the first scores. Each byte is scored
+    once, after as many bytes before it as fit; less is slower and closer to reading all of it. At least 1. Absent:
+    half of what the shortest context holds.
+    """
     @_builtins.property
     def mixture(self) -> Global___Mixture:
         """Weights given with the request."""
@@ -764,13 +770,19 @@ class ScoreRequest(_message.Message):
         particle: _builtins.str = ...,
         mixture: Global___Mixture | None = ...,
         per_byte: _builtins.bool = ...,
+        stride: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mixing", b"mixing", "mixture", b"mixture", "particle", b"particle"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stride", b"_stride", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "stride", b"stride"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "per_byte", b"per_byte", "prompt", b"prompt", "request_id", b"request_id", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stride", b"_stride", "chat", b"chat", "mixing", b"mixing", "mixture", b"mixture", "particle", b"particle", "per_byte", b"per_byte", "prompt", b"prompt", "request_id", b"request_id", "stride", b"stride", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__stride: _TypeAlias = _typing.Literal["stride"]  # noqa: Y015
+    _WhichOneofArgType__stride: _TypeAlias = _typing.Literal["_stride", b"_stride"]  # noqa: Y015
     _WhichOneofReturnType_mixing: _TypeAlias = _typing.Literal["particle", "mixture"]  # noqa: Y015
     _WhichOneofArgType_mixing: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stride) -> _WhichOneofReturnType__stride | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_mixing) -> _WhichOneofReturnType_mixing | None: ...
 
 Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
@@ -816,6 +828,36 @@ class ExpertScore(_message.Message):
 Global___ExpertScore: _TypeAlias = ExpertScore  # noqa: Y015
 
 @_typing.final
+class ScoreWindow(_message.Message):
+    """ScoreWindow is a part of a text that was scored in one pass."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    CONTEXT_BYTES_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """First byte of the text that it scores."""
+    bytes: _builtins.int
+    """Bytes that it scores."""
+    context_bytes: _builtins.int
+    """Bytes of the text before them that every expert had read; the expert with the shortest context has no more."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        context_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "context_bytes", b"context_bytes", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreWindow: _TypeAlias = ScoreWindow  # noqa: Y015
+
+@_typing.final
 class ScoreResponse(_message.Message):
     """ScoreResponse is a text's log-probability, in nats."""
 
@@ -827,12 +869,16 @@ class ScoreResponse(_message.Message):
     EXPERTS_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
     WITHOUT_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
     """Length of the text."""
     log_prob: _builtins.float
     """Log-probability of the text under the ensemble."""
     retired: _builtins.float
     """Probability of the tokenizations that were left out, in the group with the most."""
+    stride: _builtins.int
+    """Bytes that each window after the first scored. 0: the text was scored in one pass."""
     @_builtins.property
     def byte_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """The same for each byte, if asked for."""
@@ -845,6 +891,10 @@ class ScoreResponse(_message.Message):
     def without_chat_template(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Of a chat: experts that have no chat template and so read the prompt as a text to continue."""
 
+    @_builtins.property
+    def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoreWindow]:
+        """The windows of a text that does not fit an expert's context. Empty: it was scored in one pass."""
+
     def __init__(
         self,
         *,
@@ -854,10 +904,12 @@ class ScoreResponse(_message.Message):
         experts: _abc.Iterable[Global___ExpertScore] | None = ...,
         retired: _builtins.float = ...,
         without_chat_template: _abc.Iterable[_builtins.str] | None = ...,
+        stride: _builtins.int = ...,
+        windows: _abc.Iterable[Global___ScoreWindow] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_log_probs", b"byte_log_probs", "bytes", b"bytes", "experts", b"experts", "log_prob", b"log_prob", "retired", b"retired", "without_chat_template", b"without_chat_template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_log_probs", b"byte_log_probs", "bytes", b"bytes", "experts", b"experts", "log_prob", b"log_prob", "retired", b"retired", "stride", b"stride", "windows", b"windows", "without_chat_template", b"without_chat_template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
