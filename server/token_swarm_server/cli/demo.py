@@ -83,7 +83,7 @@ def demo(
     plain: Annotated[bool, typer.Option("--plain", help="The prompt is a text to continue, no question.")] = False,
     max_bytes: Annotated[int, typer.Option(help="Most bytes to write.", min=1, max=2**32)] = BYTES,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0, max=2**63)] = 1,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0, max=options.UINT64)] = 1,
     cache: options.Cache = None,
     as_json: options.Json = False,
 ) -> None:

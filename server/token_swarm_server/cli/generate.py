@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from token_swarm_server.cli import options, session
+from token_swarm_server.cli.mixing_checks import check_mixing
 
 if TYPE_CHECKING:
     from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 
 _UINT32 = 2**32 - 1
-_UINT64 = 2**64 - 1
 
 
 def generate(
@@ -28,9 +28,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Keep the K best tokens.", min=1, max=_UINT32)] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the best tokens of mass P.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep tokens at least P times the best.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.", min=0, max=_UINT64)] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Most bytes to write.", min=1, max=_UINT64)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to write.", min=1, max=_UINT64)] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.", min=0, max=options.UINT64)] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Most bytes to write.", min=1, max=options.UINT64)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to write.", min=1, max=options.UINT64)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")] = None,
     epsilon: options.Epsilon = None,
     draft_tokens: options.DraftTokens = None,
@@ -55,6 +55,7 @@ def generate(
     """
     from token_swarm.v1 import swarm_pb2
 
+    check_mixing(config, weights, particle)
     sampling = swarm_pb2.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     request = swarm_pb2.GenerateRequest(
         prompt=options.read_text("--prompt", prompt),

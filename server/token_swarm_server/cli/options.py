@@ -21,6 +21,9 @@ from token_swarm_server.config.addresses import check_target
 from token_swarm_server.config.explanation import check_environment
 from token_swarm_server.config.settings import DEFAULT_LISTEN, ENV_PREFIX, ClientTls
 
+UINT64 = 2**64 - 1
+"""Largest seed, and largest limit of a text."""
+
 
 class RuleName(StrEnum):
     """Values of --rule."""

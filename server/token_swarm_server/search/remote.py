@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,7 @@ from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.config.settings import ClientTls
 from token_swarm_server.coordinator.messages import UNITS, mixture_to_proto
 from token_swarm_server.rpc.channels import PUBLIC_OPTIONS, open_blocking_channel
+from token_swarm_server.rpc.diagnosis import COORDINATOR, find
 
 _ATTEMPTS = 6
 """At a server that is busy or restarts an expert, half a second apart at first and doubling: 16 s in all."""
@@ -34,7 +36,7 @@ class RemoteEnsemble:
         self, address: str, *, tls: ClientTls | None = None, token: str | None = None, wait: float = 0.5
     ) -> None:
         """wait: seconds before the second attempt at a busy server. Raises BadParameter for bad TLS files."""
-        self._address, self._wait = address, wait
+        self._address, self._wait, self._encrypted = address, wait, tls is not None
         self._channel = open_blocking_channel(address, tls, token=token, options=PUBLIC_OPTIONS, tls_prefix="--tls-")
         self._stub: swarm_pb2_grpc.SwarmServiceStub = swarm_pb2_grpc.SwarmServiceStub(self._channel)
 
@@ -51,9 +53,11 @@ class RemoteEnsemble:
         try:
             experts = self._stub.ListExperts(swarm_pb2.ListExpertsRequest()).experts
         except grpc.RpcError as error:
-            refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
-            said = f"the server at {self._address} refuses" if refused else f"no server answers at {self._address}"
-            raise UtilityUnavailable(f"{said}: {error.details()}") from error
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise UtilityUnavailable(f"the server at {self._address} refuses: {error.details()}") from error
+            found = asyncio.run(find(self._address, wanted=COORDINATOR, tls=self._encrypted))
+            said = f"{self._address}: {found}" if found else f"no server answers at {self._address}: {error.details()}"
+            raise UtilityUnavailable(said) from error
         return {
             each.name: ExpertKey(each.name, each.architecture, each.fingerprint, str(each.group), each.dtype)
             for each in experts
