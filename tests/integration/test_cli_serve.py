@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -222,3 +223,14 @@ async def test_eight_streams_and_cancelled_ones_over_real_processes(server):
         together = await asyncio.wait_for(asyncio.gather(*(stream(stub, seed, 30) for seed in range(8))), 120)
         assert [text for text, _ in together] == [text for text, _ in alone]
         assert all(finish.bytes > 0 for _, finish in together)
+
+
+def test_doctor_says_where_the_memory_of_experts_is(server):
+    run("generate", "--address", server, "--prompt", "the cat", "--max-bytes", "20")
+    findings = json.loads(run("doctor", "--address", server, "--json").stdout)
+    for name in ("one", "two"):
+        line = findings[f"memory of {name}"]
+        assert re.fullmatch(
+            r"[\d,]+ MB: weights [\d,]+, KV of \d+ tokens \d+, tokenizer, libraries and buffers [\d,]+", line
+        ), line
+        assert int(line.split()[0].replace(",", "")) > 100
