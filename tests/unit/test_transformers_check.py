@@ -27,7 +27,7 @@ from transformers import (
 from tests.conftest import TINY_MODELS, tiny_tokenizer
 from token_swarm.experts import laws
 from token_swarm.experts.loading import ExpertLoadError, dtype_of
-from token_swarm.experts.transformers import loading, logic_check, shadow
+from token_swarm.experts.transformers import check, loading, logic_check, shadow
 from token_swarm.experts.transformers.expert import TransformersExpert
 from token_swarm.experts.transformers.packed_attention import PackedBatch
 
@@ -181,6 +181,23 @@ def test_wrong_weights_are_caught_in_every_dtype(tiny_model_dir, monkeypatch, dt
     monkeypatch.setattr(TransformersExpert, "_forward", louder)
     with pytest.raises(ExpertLoadError, match=rf"of their spread, .* is what rounding in {dtype} explains"):
         TransformersExpert("wrong", tiny_model_dir("llama"), dtype=dtype, threads=1)
+
+
+def test_a_difference_in_float32_is_held_against_the_models_own(tiny_model_dir, monkeypatch):
+    """It is measured only then, with the model loaded once more."""
+    monkeypatch.setitem(check._LEAST, torch.float32, 1e-9)
+    measured = []
+    measure = check.PlainForward.measure_floor
+
+    def counted(plain, model):
+        measure(plain, model)
+        measured.append(plain.floor)
+
+    monkeypatch.setattr(check.PlainForward, "measure_floor", counted)
+    expert = TransformersExpert("e", tiny_model_dir("gpt2"), dtype="float32", threads=1, max_sequences=4)
+    assert expert.stats().sequences == 0
+    assert len(measured) == 1
+    assert 1e-8 < measured[0] < 1e-5
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ class TransformersExpert(PlannedExpert):
         # What is not packed stays as it is in memory: its rows are put in order one by one.
         self._columns = None if in_order else columns
         try:
-            self._check(plain)
+            self._check(plain, lambda: load(model, self._device, dtype)[0])
         except (TypeError, RuntimeError, LookupError) as error:
             message = f"model: {self._spec.architecture} cannot be served in packed batches: {error}"
             raise ExpertLoadError(message) from error
@@ -126,8 +126,11 @@ class TransformersExpert(PlannedExpert):
             self._cache.nbytes_per_token / 1e3, max_sequences, context, memory.resident_bytes() / 1e6,
         )  # fmt: skip
 
-    def _check(self, plain: Mapping[bool, PlainForward]) -> None:
-        """Compare with plain forwards, by whether cuDNN's attention may be used; the first that agree decide."""
+    def _check(self, plain: Mapping[bool, PlainForward], load_plain: Callable[[], Any]) -> None:
+        """Compare with plain forwards, by whether cuDNN's attention may be used; the first that agree decide.
+
+        `load_plain`: the model once more, to see how far it differs from itself where that is not known yet.
+        """
         last = list(plain)[-1]
         for cudnn, forward in plain.items():
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
@@ -135,9 +138,13 @@ class TransformersExpert(PlannedExpert):
                 forward.compare(self)
                 return
             except RoundingDiffers:
-                if cudnn == last:
-                    raise
                 self._release_all()
+                if cudnn != last:
+                    continue
+                if forward.measured:
+                    raise
+                forward.measure_floor(load_plain())
+                forward.compare(self)
 
     def stats(self) -> ExpertStats:
         """See `Expert.stats`."""
