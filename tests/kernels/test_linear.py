@@ -93,3 +93,14 @@ def test_what_bfloat16_holds() -> None:
     weight[1999, 7] += 1e-3
     assert not holds_in_bfloat16(weight)
     assert not holds_in_bfloat16(torch.full((2, 2), torch.nan)), "NaN is refused, not packed"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 16), (65, 17), (200, 96), (31, 640)])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_weights_come_back_as_they_were_given(shape, ordered):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape, generator=generator).bfloat16().float()
+    weight[0, 0], weight[-1, -1] = -0.0, torch.inf
+    order = torch.randperm(shape[0], generator=generator) if ordered else torch.arange(shape[0])
+    layer = Bfloat16Linear(weight, None, order if ordered else None)
+    assert torch.equal(layer.rows(torch.arange(shape[0])).view(torch.int32), weight[order].view(torch.int32))

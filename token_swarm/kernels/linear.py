@@ -8,7 +8,6 @@ Measured on one core with AVX-512, weight [262144, 640], milliseconds for 1 / 4 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from token_swarm import memory
@@ -31,24 +30,21 @@ class Bfloat16Linear:
     A row is computed in the same way whatever other rows are asked for: its result is the same to the last bit.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, order: Tensor | None = None) -> None:
         """`weight`: float32 [outputs, inputs], of which bfloat16 keeps every value; `bias`: float32 [outputs].
 
-        Raises RuntimeError where the kernels were not built.
+        `order`: int64 [outputs], which row of `weight`, and entry of `bias`, each output is. Raises RuntimeError where
+        the kernels were not built.
         """
-        native.require()
         self.outputs, self.inputs = weight.shape
         panels = -(-self.outputs // _PANEL)
-        pairs = torch.zeros(panels, self.inputs, _PANEL // 2, 2, dtype=torch.bfloat16)
-        for panel, part in enumerate(torch.split(weight, _PANEL)):
-            if part.shape[0] < _PANEL:
-                part = F.pad(part, (0, 0, 0, _PANEL - part.shape[0]))
-            # [2, 32, inputs] -> [inputs, 32, 2]: outputs 32 apart side by side.
-            pairs[panel] = part.view(2, _PANEL // 2, self.inputs).permute(2, 1, 0)
-        self._pairs = pairs
+        # Outputs 32 apart are side by side.
+        self._pairs = torch.empty(panels, self.inputs, _PANEL // 2, 2, dtype=torch.bfloat16)
+        order = None if order is None else order.contiguous()
+        native.pack_linear(self.inputs, self.outputs, weight.contiguous(), order, self._pairs)
         self._bias = torch.zeros(panels * _PANEL)
         if bias is not None:
-            self._bias[: self.outputs] = bias
+            self._bias[: self.outputs] = bias if order is None else bias[order]
 
     @property
     def nbytes(self) -> int:

@@ -86,6 +86,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "ts_prefix_mass": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
     "ts_softmax_masses": [_I64, _I64, _I64, _PTR, _I32, _I64, _PTR, _PTR, _PTR, _PTR],
     "ts_linear": [_I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR],
+    "ts_pack_linear": [_I64, _I64, _PTR, _PTR, _PTR],
     "ts_rms_norm": [_I64, _I64, _PTR, _PTR, _F64, _PTR],
     "ts_score_linear": [_I64, _I64, _I64, _PTR, _I64, _PTR, _PTR, _PTR],
     "ts_score_log_linear": [_I64, _I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR, _PTR],
@@ -276,6 +277,12 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
         there.data_ptr(), own.data_ptr(), bounds.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def pack_linear(inputs: int, outputs: int, weight: Tensor, order: Tensor | None, pairs: Tensor) -> None:
+    """The pairs of `linear.Bfloat16Linear`, into `pairs`; nothing is checked."""
+    places = None if order is None else order.data_ptr()
+    _call("ts_pack_linear", inputs, outputs, weight.data_ptr(), places, pairs.data_ptr())
 
 
 def linear(rows: int, inner: int, outputs: int, pairs: Tensor, bias: Tensor, inputs: Tensor, out: Tensor) -> None:

@@ -42,9 +42,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, outputs: torch.Tensor | None = None) -> None:
         super().__init__()
-        weight, bias = _in_order(linear, outputs)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.product = Bfloat16Linear(weight, bias)
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.product = Bfloat16Linear(linear.weight.detach(), bias, outputs)
         # Where each output of the linear layer is among those of this one.
         self._places = None if outputs is None else torch.argsort(outputs)
 

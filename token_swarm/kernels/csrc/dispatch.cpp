@@ -78,6 +78,10 @@ TS_API void ts_score_log_linear(int64_t experts, int64_t symbols, int64_t partic
     TS_PICK(score_log_linear)(experts, symbols, particles, items, log_probs, targets, weights, offsets, out);
 }
 
+TS_API void ts_pack_linear(int64_t inner, int64_t outputs, const float* weights, const int64_t* order, uint32_t* pairs) {
+    TS_PICK(pack_linear)(inner, outputs, weights, order, pairs);
+}
+
 TS_API void ts_linear(int64_t rows, int64_t inner, int64_t outputs, const uint32_t* weights, const float* bias,
                       const float* inputs, float* out) {
     TS_PICK(linear)(rows, inner, outputs, weights, bias, inputs, out);

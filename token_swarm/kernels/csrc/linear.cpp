@@ -84,6 +84,29 @@ TS_INLINE void few_rows(int64_t rows, A... arguments) {
     panel_product<ROWS>(arguments...);
 }
 
+// weights [outputs, inner] of which bfloat16 keeps every value, as pairs; order: which row of weights each output is, null
+// where they have that order. The last panel is padded with zeros.
+void pack_linear(int64_t inner, int64_t outputs, const float* weights, const int64_t* order, uint32_t* pairs) {
+    constexpr int64_t BLOCK = 16;  // inputs at a time: a line of memory of each of a panel's rows
+    for (int64_t first = 0; first < outputs; first += PANEL, pairs += inner * PAIRS) {
+        const float* rows[PANEL];
+        for (int64_t o = 0; o < PANEL; o++)
+            rows[o] = first + o < outputs ? weights + (order ? order[first + o] : first + o) * inner : nullptr;
+        for (int64_t from = 0; from < inner; from += BLOCK) {
+            const int64_t to = std::min(from + BLOCK, inner);
+            for (int64_t pair = 0; pair < PAIRS; pair++) {
+                const float *low = rows[pair], *high = rows[pair + PAIRS];
+                for (int64_t k = from; k < to; k++) {
+                    uint32_t lower = 0, upper = 0;
+                    if (low) std::memcpy(&lower, low + k, 4);
+                    if (high) std::memcpy(&upper, high + k, 4);
+                    pairs[k * PAIRS + pair] = (lower >> 16) | (upper & 0xffff0000u);
+                }
+            }
+        }
+    }
+}
+
 // inputs [rows, inner], out [rows, outputs], both without gaps; weights and bias padded to whole panels.
 void linear(int64_t rows, int64_t inner, int64_t outputs, const uint32_t* weights, const float* bias, const float* inputs,
             float* out) {
