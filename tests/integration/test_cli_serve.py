@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import grpc
@@ -126,7 +127,11 @@ def test_top_ends_on_q_and_leaves_the_terminal_as_it_was(server):
             shown += os.read(controller, 65536)
         os.write(controller, b"q")
         # What it still draws must be read, or it would wait.
+        deadline = time.monotonic() + 60
         while process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                pytest.fail("q did not end it")
             if select.select([controller], [], [], 0.1)[0]:
                 os.read(controller, 65536)
         assert process.returncode == 0

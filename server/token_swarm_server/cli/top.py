@@ -124,7 +124,8 @@ async def _live(console: Console, stub: swarm_pb2_grpc.SwarmServiceAsyncStub, in
                 await asyncio.sleep(interval)
 
     first = f"waiting for the first interval\n\n{_QUIT}"
-    with Live(first, console=console, screen=True, auto_refresh=False) as live, _keys() as quit_pressed:
+    # Keys first: what is typed as soon as the screen says how to quit must not be lost.
+    with _keys() as quit_pressed, Live(first, console=console, screen=True, auto_refresh=False) as live:
         live.refresh()
         shown, ended = asyncio.create_task(show(live)), asyncio.create_task(quit_pressed.wait())
         try:
@@ -158,7 +159,7 @@ def _keys() -> Iterator[asyncio.Event]:
         elif b"q" in typed.lower():
             pressed.set()
 
-    tty.setcbreak(terminal)
+    tty.setcbreak(terminal, termios.TCSADRAIN)
     loop.add_reader(terminal, read)
     try:
         yield pressed
