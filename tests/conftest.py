@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -134,7 +135,11 @@ def save_small_tokenizer(directory: Path, vocabulary: int) -> int:
 
 
 def save_small_llama(directory: Path, vocabulary: int) -> Path:
-    """A causal language model of a few kilobytes; another size of the vocabulary gives other tokens."""
+    """A causal language model of a few kilobytes; another size of the vocabulary gives other tokens.
+
+    Its weights depend on the name of the directory: the same at every run, and others for another expert.
+    """
+    torch.manual_seed(zlib.crc32(directory.name.encode()))
     config = LlamaConfig(
         vocab_size=save_small_tokenizer(directory, vocabulary),
         hidden_size=16,

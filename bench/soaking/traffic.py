@@ -19,7 +19,7 @@ ships and nobody knows why the clock stopped at noon def add(a, b): return a + b
 """
 WORDS = _TALE.split()
 WRONG: tuple[dict[str, Any], ...] = (
-    {"prompt": ""},
+    {"prompt": "", "max_bytes": 0},
     {"particle": "no such particle"},
     {"mixture": swarm_pb2.Mixture(weights=[swarm_pb2.ExpertWeight(expert="nobody", weight=1.0)])},
     {"sampling": swarm_pb2.Sampling(temperature=-1.0)},

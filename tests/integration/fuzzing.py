@@ -183,7 +183,7 @@ def score_requests(draw: st.DrawFn) -> swarm_pb2.ScoreRequest:
     wrong = draw(st.sets(st.sampled_from([each.name for each in request.DESCRIPTOR.fields]), max_size=4))
     values: dict[str, st.SearchStrategy[Any]] = {
         "request_id": words, "prompt": words, "text": words, "chat": st.booleans(), "particle": words,
-        "mixture": mixtures, "per_byte": st.booleans(),
+        "mixture": mixtures, "per_byte": st.booleans(), "stride": big_counts,
     }  # fmt: skip
     for field in sorted(wrong):
         set_field(request, field, draw(values[field]))
