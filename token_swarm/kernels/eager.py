@@ -14,6 +14,10 @@ from token_swarm.kernels import reference
 from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
 
+MOST_EXPONENT = 8
+"""Weights over temperatures, added up over the experts, beyond which float32 has too few digits for the log-linear rule:
+those rows are mixed in float64. As in csrc/mix.cpp."""
+
 
 def mix(
     logits: Sequence[Tensor],
@@ -23,9 +27,25 @@ def mix(
     allowed: Tensor,
 ) -> Tensor:
     """As `reference.mix`; float32 [rows, width], or float64 when the logits are."""
+    weights, temperatures = weights.to(logits[0].device), temperatures.to(logits[0].device)
+    exact = any(table.dtype == torch.float64 for table in logits)
+    if rule is Rule.LOG_LINEAR and not exact and bool(((weights / temperatures).abs().sum(1) > MOST_EXPONENT).any()):
+        return mix([table.double() for table in logits], weights, temperatures, rule, allowed).float()
+    mixed, bad = _mix(logits, weights, temperatures, rule, allowed)
+    lost = mixed[:, 0].isnan() & ~bad[:, 0]
+    if not exact and bool(lost.any()):
+        # Finite logits whose products float32 cannot hold.
+        wide = [table[lost].double() for table in logits]
+        mixed[lost] = mix(wide, weights[lost], temperatures[lost], rule, allowed).float()
+    return mixed.masked_fill_(bad, torch.nan) if bool(bad.any()) else mixed
+
+
+def _mix(
+    logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, allowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mixture in the dtype of the logits, at least float32, and which rows an expert poisons or nobody was asked for:
+    bool [rows, 1]."""
     mixed: Tensor | None = None
-    weights = weights.to(logits[0].device)
-    # Rows that an expert poisons, and rows that nobody was asked for.
     bad = (weights == 0).all(1, keepdim=True)
     total = weights.sum(1, keepdim=True)
     for index, table in enumerate(logits):
@@ -34,7 +54,7 @@ def mix(
             continue
         row = table if table.dtype in (torch.float32, torch.float64) else table.float()
         row = row.masked_fill(~allowed, -torch.inf)
-        temperature = temperatures[:, index, None].to(table.device)
+        temperature = temperatures[:, index, None]
         top = row.amax(1, keepdim=True)
         bad = bad | ((weight != 0) & ~top.isfinite())
         if rule is Rule.LINEAR:
@@ -44,16 +64,16 @@ def mix(
             part = torch.softmax(row, dim=-1).mul_((weight / total).to(row.dtype))
         else:
             # The normalisers are constants of the row, so the weighted sum of raw logits has the same softmax.
-            part = row.sub_(top).mul_((weight / temperature).to(row.dtype))
-            part = part.masked_fill_(~part.isfinite(), -torch.inf)
+            excluded = row == -torch.inf
+            part = row.sub_(top).mul_((weight / temperature).to(row.dtype)).masked_fill_(excluded, -torch.inf)
         if bool((weight == 0).any()):
             part = torch.where(weight != 0, part, 0.0)
         mixed = part if mixed is None else mixed.add_(part)
     if mixed is None:
-        return torch.full((weights.shape[0], allowed.numel()), torch.nan, device=weights.device)
+        return torch.full((weights.shape[0], allowed.numel()), torch.nan, device=weights.device), bad
     if rule is Rule.LOG_LINEAR:
         mixed = torch.softmax(mixed, dim=-1)
-    return mixed.masked_fill_(bad, torch.nan) if bool(bad.any()) else mixed
+    return mixed, bad
 
 
 def mix_union(

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from token_swarm import memory
 from token_swarm.errors import BadParameter
+from token_swarm.kernels import eager
 from token_swarm.kernels.reference import STRIDE
 from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
@@ -137,6 +139,14 @@ class _Tables:
         self.strides = (_I64 * count)(*(table.stride(0) for table in self._kept))
 
 
+def _unsettled(table: Tensor) -> Tensor | None:
+    """Rows of a result that are NaN, int64 [any]; None when there are none. They are bad, or such that float32 cannot hold
+    them, which only the logits tell: those rows are done again in float64."""
+    # In numpy: every operation of torch lets another thread have the interpreter.
+    rows = np.flatnonzero(np.isnan(table.numpy()[:, 0]))
+    return torch.from_numpy(rows) if rows.size else None
+
+
 def mix(logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, allowed: Tensor) -> Tensor:
     """As `reference.mix`; float32 [rows, width]."""
     tables, own, heat = _Tables(logits), _doubles(weights), _doubles(temperatures)
@@ -147,6 +157,9 @@ def mix(logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: R
         "ts_mix", rows, mask.numel(), experts, tables.rows, tables.dtypes, tables.strides, own.data_ptr(),
         heat.data_ptr(), rule is Rule.LOG_LINEAR, mask.data_ptr(), out.data_ptr(),
     )  # fmt: skip
+    if (again := _unsettled(out)) is not None:
+        wide = [table[again].double() for table in logits]
+        out[again] = eager.mix(wide, own[again], heat[again], rule, mask).float()
     return out
 
 
@@ -193,6 +206,9 @@ def mix_union(
         len(union.segments), known.bounds.data_ptr(), known.patterns, known.twins.shape[0], known.twins.data_ptr(),
         out.data_ptr(),
     )  # fmt: skip
+    if (again := _unsettled(out)) is not None:
+        rows = [table[again] for table in logits]
+        out[again] = eager.mix_union(rows, own[again], heat[again], rule, union, floor)
     return out
 
 
@@ -249,6 +265,9 @@ def softmax_masses(logits: Tensor, temperatures: Tensor, order: Tensor | int, to
         "ts_softmax_masses", rows, count, tokens, table.data_ptr(), _DTYPES[table.dtype], table.stride(0),
         heat.data_ptr(), _address(ids), ordered.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
+    if (again := _unsettled(ordered)) is not None:
+        wide, exact = eager.softmax_masses(table[again].double(), heat[again], order, tokens)
+        ordered[again], sums[again] = wide.float(), exact
     return ordered, sums
 
 

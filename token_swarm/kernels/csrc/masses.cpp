@@ -109,7 +109,7 @@ void prefix_mass(int64_t rows, int64_t width, int64_t tokens, int64_t every, con
     }
 }
 
-// The powers 2^((x - pivot) * scale - offset) of a row's tokens in `order`, to out: [count]. False for a bad row.
+// The powers 2^((x - pivot) * scale - offset) of a row's tokens in `order`, to out: [count]. False as `accumulate`.
 template <class T>
 TS_APART bool ordered_powers(const Asked& one, const int32_t* order, const Runs& runs, std::vector<float>& offsets,
                               float* out, Normaliser& n) {
@@ -120,7 +120,7 @@ TS_APART bool ordered_powers(const Asked& one, const int32_t* order, const Runs&
     Exponent x;
     x.row[0] = picked;
     auto logit = [&](int64_t i) { return T::one(row, order[i]); };
-    x.pivot[0] = n.pivot = pivot_of(runs[0], logit);
+    x.pivot[0] = pivot_of(runs[0], logit);
     x.scale[0] = n.scale = float(1.4426950408889634 / one.temperature);
     auto block = [&](std::pair<int64_t, int64_t> run, float offset) __attribute__((always_inline)) {
         const auto [low, high] = run;
@@ -128,13 +128,17 @@ TS_APART bool ordered_powers(const Asked& one, const int32_t* order, const Runs&
         return powers<T, 1, true>(x, 0, high - low, offset, out + low);
     };
     auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) { return is_sound(run, logit, done); };
-    return accumulate(runs, offsets, block, repair, n.offset, n.sum);
+    const bool good = about_the_top(x.pivot[0], n.scale, n.offset, [&] {
+        return accumulate(runs, offsets, block, repair, n.offset, n.sum);
+    });
+    n.pivot = x.pivot[0];
+    return good;
 }
 
 // The softmax of logits / temperature over the tokens in `order` (int32 [count], at least one; null for the first
 // `count`), in that order, and the sums of the first `tokens` of them. logits: [rows, any] of `dtype` with row stride
 // `stride` (elements); temperatures: double [rows]; ordered: float [rows, count]; sums: double
-// [rows, tokens / STRIDE + 1]. A bad row is NaN throughout.
+// [rows, tokens / STRIDE + 1]. A bad row is NaN throughout, and so is one that float32 cannot hold.
 void softmax_masses(int64_t rows, int64_t count, int64_t tokens, const void* logits, int32_t dtype, int64_t stride,
                            const double* temperatures, const int32_t* order, float* ordered, double* sums) {
     static thread_local std::vector<float> offsets;

@@ -147,23 +147,37 @@ TS_INLINE bool accumulate_few(const Asked* asked, int count, const Exponent& x, 
     return accumulate_joint<T, 3>(asked, x, runs, offsets, offset, sum, out);
 }
 
-// One read of the logits: the experts' normalisers are constants of the row and cancel.
+// Of the experts' exponents, weights over temperatures, added up: terms of more would round away what is left of them
+// when they cancel.
+constexpr double MOST_EXPONENT = 8;
+// The largest of their sums, base 2: beyond it float32 has too few digits for the differences.
+constexpr float MOST_SUM = 512;
+
+// One read of the logits: the experts' normalisers are constants of the row and cancel. False for a bad row, and for one
+// that float32 cannot hold.
 TS_INLINE bool log_linear_row(const Asked* asked, int count, const Runs& runs, std::vector<float>& offsets, float* out) {
     Exponent x;
-    bool alike = count <= 3;
+    bool alike = count <= 3, fits = true;
+    double exponents = 0;
     for (int e = 0; e < count; e++) {
+        exponents += std::fabs(asked[e].weight / asked[e].temperature);
         x.row[e] = asked[e].row;
         x.scale[e] = float(asked[e].weight / asked[e].temperature * 1.4426950408889634);
         x.pivot[e] = pivot_of(runs[0], [&](int64_t i) { return element(asked[e].dtype, asked[e].row, i); });
         alike &= asked[e].dtype == asked[0].dtype;
+        fits &= std::fabs(x.scale[e]) >= LEAST_SCALE;
     }
+    if (!fits || (count > 1 && exponents > MOST_EXPONENT)) return false;
     float offset;
     double sum;
-    const bool good = !alike ? accumulate_many(asked, count, x, runs, offsets, offset, sum, out)
-                      : asked[0].dtype == FLOAT32 ? accumulate_few<F32>(asked, count, x, runs, offsets, offset, sum, out)
-                      : asked[0].dtype == BFLOAT16 ? accumulate_few<Bf16>(asked, count, x, runs, offsets, offset, sum, out)
-                                                   : accumulate_few<F16>(asked, count, x, runs, offsets, offset, sum, out);
-    if (!good) return false;
+    auto attempt = [&] {
+        return !alike ? accumulate_many(asked, count, x, runs, offsets, offset, sum, out)
+               : asked[0].dtype == FLOAT32 ? accumulate_few<F32>(asked, count, x, runs, offsets, offset, sum, out)
+               : asked[0].dtype == BFLOAT16 ? accumulate_few<Bf16>(asked, count, x, runs, offsets, offset, sum, out)
+                                            : accumulate_few<F16>(asked, count, x, runs, offsets, offset, sum, out);
+    };
+    const bool good = count == 1 ? about_the_top(x.pivot[0], x.scale[0], offset, attempt) : attempt();
+    if (!good || (count > 1 && std::fabs(offset) > MOST_SUM)) return false;
     for (size_t r = 0; r < runs.size(); r++) {
         auto [low, high] = runs[r];
         const float scale = float(rescale(out, runs[r], offsets[r], offset) / sum);
@@ -175,7 +189,8 @@ TS_INLINE bool log_linear_row(const Asked* asked, int count, const Runs& runs, s
 }
 
 // logits[e] points to [rows, width] of dtype dtypes[e] with row stride strides[e] (elements); weights, temperatures:
-// double [rows, experts]; out: float [rows, width]. log_linear: 0 for the linear rule. Bad rows are filled with NaN.
+// double [rows, experts]; out: float [rows, width]. log_linear: 0 for the linear rule. Bad rows are filled with NaN, and those
+// that float32 cannot hold.
 void mix(int64_t rows, int64_t width, int64_t experts, const void* const* logits, const int32_t* dtypes,
                              const int64_t* strides, const double* weights, const double* temperatures, int32_t log_linear,
                              const uint8_t* allowed, float* out) {

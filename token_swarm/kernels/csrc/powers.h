@@ -127,7 +127,7 @@ TS_INLINE bool is_sound(std::pair<int64_t, int64_t> run, F logit, Block& done) {
 constexpr float HEADROOM = 100, FLOORROOM = 20;
 
 // Runs over all blocks with `block(run, offset)`, raising the offset where needed. offsets[r] is the one that block r was
-// done with. False for a bad row; `repair` looks at a block with NaN or plus infinity.
+// done with. False for a bad row, and for one that float32 cannot hold; `repair` looks at a block with NaN or plus infinity.
 template <class F, class R>
 TS_INLINE bool accumulate(const Runs& runs, std::vector<float>& offsets, F block, R repair, float& offset, double& sum) {
     offsets.resize(runs.size());
@@ -170,25 +170,45 @@ TS_INLINE double rescale(float* out, std::pair<int64_t, int64_t> run, float own,
     return std::exp2(exponent);
 }
 
+// Of a scale below this, 0 times minus infinity would be NaN.
+constexpr float LEAST_SCALE = 1e-30f;
+
+// Runs `attempt`, which sets `offset`, again about a pivot at the top where the first guess of one was far off: an exponent
+// of some hundreds has lost the digits that tell the likely tokens apart. For a single row, in which nothing cancels.
+template <class F>
+TS_INLINE bool about_the_top(float& pivot, float scale, const float& offset, F attempt) {
+    constexpr float FAR = 64;
+    if (!(std::fabs(scale) >= LEAST_SCALE) || !attempt()) return false;
+    if (std::fabs(offset) <= FAR) return true;
+    const float nearer = float(double(pivot) + double(offset) / double(scale));
+    if (!(std::fabs(nearer) < INF)) return false;
+    pivot = nearer;
+    return attempt();
+}
+
 // softmax(x / T) = 2^((x - pivot) * scale - offset) / sum.
 struct Normaliser {
     float pivot, scale, offset;
     double sum;
 };
 
-// The powers go to `out`, each block relative to its own offset, when STORE is set. False for a bad row.
+// The powers go to `out`, each block relative to its own offset, when STORE is set. False as `accumulate`.
 template <class T, bool STORE>
 TS_APART bool normalise(const Asked& one, const Runs& runs, std::vector<float>& offsets, float* out, Normaliser& n) {
     Exponent x;
     x.row[0] = one.row;
     auto logit = [&](int64_t i) { return T::one(one.row, i); };
-    n.pivot = x.pivot[0] = pivot_of(runs[0], logit);
+    x.pivot[0] = pivot_of(runs[0], logit);
     n.scale = x.scale[0] = float(1.4426950408889634 / one.temperature);
     auto block = [&](std::pair<int64_t, int64_t> run, float offset) __attribute__((always_inline)) {
         return powers<T, 1, STORE>(x, run.first, run.second, offset, out);
     };
     auto repair = [&](std::pair<int64_t, int64_t> run, float, Block& done) { return is_sound(run, logit, done); };
-    return accumulate(runs, offsets, block, repair, n.offset, n.sum);
+    const bool good = about_the_top(x.pivot[0], n.scale, n.offset, [&] {
+        return accumulate(runs, offsets, block, repair, n.offset, n.sum);
+    });
+    n.pivot = x.pivot[0];
+    return good;
 }
 
 template <bool STORE>

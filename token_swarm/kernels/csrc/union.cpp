@@ -7,6 +7,7 @@ namespace TS_NAMESPACE {
 // ids: int32 [experts, size]; segments: int64 [count, 2] and their experts as bit masks [count]; twins: int32 [n, 3]
 // (expert, union token, id), sorted by union token. allowed[e]: uint8 [width of e], ids that take part.
 // floor: log-probability that stands for "does not have it" under the log-linear rule. out: float [rows, size].
+// Bad rows are filled with NaN, and those that float32 cannot hold.
 void mix_union(int64_t rows, int64_t experts, const void* const* logits, const int32_t* dtypes,
                                    const int64_t* strides, const int64_t* widths, const double* weights,
                                    const double* temperatures, int32_t log_linear, double floor,
@@ -25,7 +26,7 @@ void mix_union(int64_t rows, int64_t experts, const void* const* logits, const i
             float weight, shift;  // log2 of the probability of x: (x - pivot) * scale - shift
         };
         std::vector<Used> used;
-        double total_weight = 0;
+        double total_weight = 0, exponents = 0;
         bool good = true;
         for (int64_t e = 0; e < experts && good; e++) {
             double w = weights[r * experts + e];
@@ -35,10 +36,12 @@ void mix_union(int64_t rows, int64_t experts, const void* const* logits, const i
             good = !runs[e].empty() && normalise_any<false>(u.asked, runs[e], offsets, nullptr, u.n);
             if (!good) break;
             total_weight += w;
+            exponents += std::fabs(w / u.asked.temperature);
             u.shift = float(double(u.n.offset) + std::log2(u.n.sum));
             used.push_back(u);
         }
-        if (!good || used.empty()) {
+        // Of larger exponents float32 has too few digits, as in mix.cpp.
+        if (!good || used.empty() || (log_linear && exponents > 8)) {
             std::fill(out, out + size, NAN_F);
             continue;
         }
