@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from token_swarm import ranges
 from token_swarm.errors import BadParameter, FingerprintMismatch, UnknownName
 from token_swarm.files import replacing
 
@@ -29,7 +29,7 @@ class Rule(enum.Enum):
 class Mixture:
     """The mixing parameters themselves: a weight per expert, the rule, a temperature per expert.
 
-    Raises BadParameter for weights or temperatures that define no distribution.
+    Raises BadParameter for weights or temperatures that define no distribution or are out of range.
     """
 
     weights: Mapping[str, float]
@@ -41,19 +41,14 @@ class Mixture:
         if not self.weights:
             raise BadParameter("weights", "{}", "at least one expert=weight")
         for name, weight in self.weights.items():
-            if not math.isfinite(weight):
-                raise BadParameter(f"weights[{name}]", weight, "a finite number")
-            if weight < 0 and self.rule is Rule.LINEAR:
-                raise BadParameter(
-                    f"weights[{name}]",
-                    weight,
-                    "a number >= 0 under the linear rule (log-linear takes any sign)",
-                )
+            ranges.WEIGHT.require(weight, f"weights[{name}]")
+            if self.rule is Rule.LINEAR and weight not in ranges.LINEAR_WEIGHT:
+                allowed = f"{ranges.LINEAR_WEIGHT.allowed} under the linear rule (log-linear takes any sign)"
+                raise BadParameter(f"weights[{name}]", weight, allowed)
         if not any(self.weights.values()):
             raise BadParameter("weights", dict(self.weights), "at least one weight that is not 0")
         for name, temperature in self.temperatures.items():
-            if not (math.isfinite(temperature) and temperature > 0):
-                raise BadParameter(f"temperatures[{name}]", temperature, "a finite number > 0")
+            ranges.EXPERT_TEMPERATURE.require(temperature, f"temperatures[{name}]")
             if name not in self.weights:
                 raise BadParameter(f"temperatures[{name}]", temperature, "an expert that has a weight")
 
@@ -63,11 +58,13 @@ class Mixture:
         return {name: weight for name, weight in self.weights.items() if weight != 0}
 
     def without(self, names: Collection[str]) -> Mixture:
-        """The mixture of the other experts, scaled so that their weights add up to what all did, if they add up to
-        anything. Raises BadParameter when no expert is left."""
+        """The mixture of the other experts, scaled so that their weights add up to what all did, if that leaves them in
+        range. Raises BadParameter when no expert is left."""
         left = {name: weight for name, weight in self.active.items() if name not in names}
         whole, part = sum(self.active.values()), sum(left.values())
         scale = whole / part if whole and part else 1.0
+        if any(weight * scale not in ranges.WEIGHT for weight in left.values()):
+            scale = 1.0  # weights that cancel
         temperatures = {name: value for name, value in self.temperatures.items() if name in left}
         return Mixture({name: weight * scale for name, weight in left.items()}, self.rule, temperatures)
 

@@ -7,7 +7,7 @@ every implementation of the kernels; outside it is refused with the field, the v
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from token_swarm.errors import BadParameter
@@ -133,6 +133,6 @@ CANCELLING = 1e-3
 them: 0.1 + 0.2 - 0.3 is 5.6e-17, by which nothing can be divided."""
 
 
-def cancel(weights: Mapping[str, float]) -> bool:
+def cancel(weights: Sequence[float]) -> bool:
     """Whether the weights have no sum that they could be divided by."""
-    return abs(sum(weights.values())) <= CANCELLING * max(map(abs, weights.values()))
+    return abs(sum(weights)) <= CANCELLING * max(map(abs, weights))

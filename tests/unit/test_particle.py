@@ -63,7 +63,7 @@ def test_no_object_is_refused(text: str) -> None:
 
 
 def test_linear_weights_must_not_be_negative() -> None:
-    with pytest.raises(BadParameter, match=r"weights\[a\].*>= 0"):
+    with pytest.raises(BadParameter, match=r"weights\[a\].*\[0, 1000\] under the linear rule"):
         Mixture({"a": -1.0, "b": 2.0}, Rule.LINEAR)
 
 

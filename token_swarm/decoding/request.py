@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass, field
 
+from token_swarm import ranges
 from token_swarm.errors import BadParameter
-from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
+from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.mixing.groups import Unit
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.union_unit import DEFAULT_FLOOR
+
+_ALLOWED = {
+    "seed": ranges.SEED,
+    "max_bytes": ranges.MAX_BYTES,
+    "max_tokens": ranges.MAX_TOKENS,
+    "epsilon": ranges.EPSILON,
+    "window": ranges.WINDOW,
+    "union_floor": ranges.UNION_FLOOR,
+    "draft_tokens": ranges.DRAFT_TOKENS,
+}
 
 
 class FinishReason(enum.Enum):
@@ -47,19 +57,8 @@ class DecodeRequest:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        for name in ("max_bytes", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadParameter(name, value, "an integer >= 1")
+        for name, allowed in _ALLOWED.items():
+            if (value := getattr(self, name)) is not None:
+                allowed.require(value, name)
         if any(not stop for stop in self.stop):
             raise BadParameter("stop", "", "non-empty strings")
-        if not (math.isfinite(self.epsilon) and 0 <= self.epsilon < 1):
-            raise BadParameter("epsilon", self.epsilon, "a number in [0, 1)")
-        if self.window is not None and self.window < 1:
-            raise BadParameter("window", self.window, "an integer >= 1")
-        if not -math.inf < self.union_floor < 0:
-            raise BadParameter("union_floor", self.union_floor, "a finite number < 0 (nats)")
-        if not 0 <= self.draft_tokens <= MOST_DRAFT_TOKENS:
-            raise BadParameter("draft_tokens", self.draft_tokens, f"an integer in [0, {MOST_DRAFT_TOKENS}]")
-        if not 0 <= self.seed < 2**64:
-            raise BadParameter("seed", self.seed, "an integer in [0, 2^64)")

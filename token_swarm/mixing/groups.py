@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from token_swarm import kernels
+from token_swarm import kernels, ranges
 from token_swarm.errors import BadLogits, BadParameter
 from token_swarm.experts.contract import ExpertSpec
 from token_swarm.particle import Mixture, Rule
@@ -164,7 +164,7 @@ def make_rows(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Group,
 def split_weights(weights: Sequence[float], rule: Rule, *, alone: bool) -> tuple[float, tuple[float, ...]]:
     """(weight across groups, weights inside the group) of a group's members."""
     total = sum(weights)
-    if rule is Rule.LOG_LINEAR and (alone or total == 0):
+    if rule is Rule.LOG_LINEAR and (alone or ranges.cancel(weights)):
         # A single group is the plain product of experts; weights that cancel have no mean to be divided by.
         return 1.0, tuple(weights)
     return total, tuple(weight / total for weight in weights)

@@ -21,6 +21,9 @@ from token_swarm.mixing.trie import ByteTrie
 from token_swarm.mixing.unit import Need, Walk
 from token_swarm.particle import Rule
 
+_NO_LIMIT = 2**62
+"""Tokens that no text has, and that C++ can still count."""
+
 
 @dataclass(frozen=True, slots=True)
 class NativeHead:
@@ -189,7 +192,7 @@ class NativeByteUnit(ByteUnit):
 
     def _stretch(self, sampler: Sampler, room: int, max_tokens: int | None) -> Stretch:
         stretch = self.walker.walk(
-            uniforms=sampler.uniforms(room + 1), script=sampler.script, max_bytes=room, max_tokens=max_tokens or 0
+            uniforms=sampler.uniforms(room + 1), script=sampler.script, max_bytes=room, max_tokens=min(max_tokens or 0, _NO_LIMIT)
         )
         sampler.consume(len(stretch.log_probs))
         return stretch

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from token_swarm import kernels
-from token_swarm.errors import BadParameter
+from token_swarm import kernels, ranges
 
 
 @dataclass(frozen=True)
 class Shaping:
     """How a token distribution is reshaped, in this order: temperature, min-p, top-k, top-p.
 
-    temperature 0 means greedy: the choice is the most probable one and the distribution itself is left alone.
+    A temperature below `ranges.GREEDY_BELOW` means greedy: the choice is the most probable one and the distribution
+    itself is left alone.
     top_k 0 and top_p 1 and min_p 0 switch a filter off. Tokens that tie with the last one kept are kept.
     """
 
@@ -27,19 +26,15 @@ class Shaping:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise BadParameter("temperature", self.temperature, "a finite number >= 0 (0 is greedy)")
-        if self.top_k < 0:
-            raise BadParameter("top_k", self.top_k, "an integer >= 0 (0 keeps all)")
-        if not 0 < self.top_p <= 1:
-            raise BadParameter("top_p", self.top_p, "a number in (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise BadParameter("min_p", self.min_p, "a number in [0, 1]")
+        ranges.TEMPERATURE.require(self.temperature, "temperature")
+        ranges.TOP_K.require(self.top_k, "top_k")
+        ranges.TOP_P.require(self.top_p, "top_p")
+        ranges.MIN_P.require(self.min_p, "min_p")
 
     @property
     def greedy(self) -> bool:
         """Whether the most probable symbol is taken instead of a drawn one."""
-        return self.temperature == 0
+        return self.temperature < ranges.GREEDY_BELOW
 
     @property
     def changes_law(self) -> bool:
