@@ -101,7 +101,7 @@ class ExpertFault(RuntimeError):
 
 
 class BadLogits(ExpertFault):
-    """Logits that are no law: NaN, +inf, or a row of the wrong width. `experts`: whose they are."""
+    """Logits that are no law: NaN, +inf, or a row of the wrong width. `experts`: whose they are; `reason`: in what."""
 
     def __init__(
         self,
@@ -110,3 +110,32 @@ class BadLogits(ExpertFault):
     ) -> None:
         super().__init__("+".join(experts), message)
         self.experts = tuple(experts)
+        self.reason = message
+
+
+class NoContinuation(FailedPrecondition):
+    """A text that has no continuation under a mixture of experts none of which is at fault.
+
+    Every expert has likely continuations, but none that the others give any probability. `experts`: their names.
+    """
+
+    def __init__(self, experts: Iterable[str]) -> None:
+        names = "+".join(experts)
+        super().__init__(
+            f"experts {names}: no continuation of the text is left to which all of them give a probability above 0; "
+            "use weights nearer to 1, higher expert temperatures, or the linear rule"
+        )
+
+
+class BadHistory(FailedPrecondition):
+    """A text after which an expert's logits are no distribution, although it answers other texts well.
+
+    Asking again gives the same: the text, the expert or its dtype has to be another one. `expert`: its name.
+    """
+
+    def __init__(self, expert: str, message: str) -> None:
+        super().__init__(
+            f"expert {expert!r} cannot go on with this text: {message}, again when it read the text anew; it answers "
+            "other texts, so leave it out of the mixture or load it with another dtype"
+        )
+        self.expert = expert

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
 from token_swarm_server.config.loading import load_settings
 from token_swarm_server.coordinator.engine import Engine
 from token_swarm_server.coordinator.server import CoordinatorServer
@@ -36,13 +38,21 @@ LIKE_A_MODEL: Any = {"order": 4, "sharpness": 6.0, "max_context": 400}
 
 
 class Frail(ToyExpert):
-    """A toy that takes its time, and misbehaves once `mischief` is set: at the next step that returns logits."""
+    """A toy that takes its time, and misbehaves once `mischief` is set: at the next step that returns logits.
+
+    bad_after: says after which tokens its logits are NaN.
+    """
 
     def __init__(self, name: str, vocabulary: Vocabulary, seed: int) -> None:
         super().__init__(name, vocabulary, **LIKE_A_MODEL, seed=seed)
         self.mischief: Callable[[StepResult], StepResult] | None = None
+        self.bad_after: Callable[[tuple[int, ...]], bool] = lambda tokens: False
         self.steps = 0
         self.seconds = 0.001
+
+    def law(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        logits = super().law(tokens)
+        return torch.full_like(logits, torch.nan) if self.bad_after(tokens) else logits
 
     def step(self, ops: Any) -> StepResult:
         time.sleep(self.seconds)
@@ -54,10 +64,23 @@ class Frail(ToyExpert):
         return result
 
 
+class Single(Frail):
+    """One whose logits are float32, as those of models are: the fast kernels mix them."""
+
+    def __init__(self, name: str, vocabulary: Vocabulary, seed: int) -> None:
+        super().__init__(name, vocabulary, seed)
+        self._spec = replace(self._spec, dtype=torch.float32)
+
+    def step(self, ops: Any) -> StepResult:
+        result = super().step(ops)
+        return StepResult(result.logits.float(), result.spans, result.errors)
+
+
 class Swarm:
     """Two experts that can be killed and started again at their addresses, and a coordinator."""
 
     def __init__(self, tmp_path: Path, options: dict[str, Any]) -> None:
+        self._kind: type[Frail] = options.pop("kind", Frail)
         self.experts: dict[str, Frail] = {}
         self.servers: dict[str, ExpertServer] = {}
         self.revived: list[tuple[str, str]] = []
@@ -77,7 +100,7 @@ class Swarm:
         self._revivals: set[asyncio.Task[None]] = set()
 
     async def start(self, name: str) -> None:
-        expert = Frail(name, ENDLESS[name], seed=list(ENDLESS).index(name) + 1)
+        expert = self._kind(name, ENDLESS[name], seed=list(ENDLESS).index(name) + 1)
         server = ExpertServer(expert, str(self.settings.experts[name].address))
         await server.start()
         self.experts[name], self.servers[name] = expert, server

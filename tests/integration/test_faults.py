@@ -183,16 +183,24 @@ def hanging(result: StepResult) -> StepResult:
     return result
 
 
+def breaks(expert: Frail) -> None:
+    expert.bad_after = lambda tokens: True
+
+
+def hangs(expert: Frail) -> None:
+    expert.mischief = hanging
+
+
 @pytest.mark.parametrize(
-    ("mischief", "said"),
-    [(poisoned, "NaN"), (hanging, "no answer to a step within 2 s")],
+    ("fails", "said"),
+    [(breaks, "NaN"), (hangs, "no answer to a step within 2 s")],
     ids=["poisoned", "hanging"],
 )
-async def test_an_expert_at_fault_is_started_again(tmp_path: Path, mischief: Any, said: str) -> None:
+async def test_an_expert_at_fault_is_started_again(tmp_path: Path, fails: Any, said: str) -> None:
     async with swarm(tmp_path, step_seconds=2) as running:
         texts = [asyncio.create_task(running.text(prompt)) for prompt in ("ab", "cab")]
         await until(lambda: running.experts["e1"].steps > 10)
-        running.experts["e1"].mischief = mischief
+        fails(running.experts["e1"])
         finished = [await text for text in texts]
         assert [written for written, _ in finished] == [undisturbed(prompt) for prompt in ("ab", "cab")]
         assert sum(finish.reopened for _, finish in finished) >= 1

@@ -3,8 +3,8 @@
 The accuracy stated here is what the ranges of `token_swarm.ranges` were chosen by:
 
 - `mix` of the linear rule or of one expert, and `softmax_masses`: relative 2e-5 (eager 1e-4) down to 1e-30.
-- `mix` of several experts, log-linear rule: the same, and 2^-21 of the sum of |weight / temperature| times the spread of
-  the expert's finite logits, while that sum of exponents is at most 8; beyond it the rows are mixed in float64.
+- `mix` of several experts, log-linear rule: the same, and 2^-21 of the sum of |weight / temperature| times the spread
+  of the expert's finite logits, while that sum of exponents is at most 8; beyond it the rows are mixed in float64.
 - `shape`: relative 2e-5, and 2^-22 / temperature.
 
 A row is NaN where an expert's logits are bad or the experts leave no token, and nowhere else.
@@ -66,7 +66,7 @@ weights = st.builds(lambda size, sign: size * sign, sizes, st.sampled_from([1.0,
 
 @st.composite
 def logit_rows(draw: st.DrawFn) -> Tensor:
-    """One row [width]: of any scale and offset, equal, with ties, with minus infinity, with a model's own mask values."""
+    """One row [width]: of any scale and offset, equal, with ties, with minus infinity, with a model's own masks."""
     width = draw(st.sampled_from([1, 3, 17, 300, 5000]))
     dtype = draw(st.sampled_from(DTYPES))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))

@@ -124,6 +124,11 @@ class Decoder:
         """The expert's sequences are gone: what is needed of them is opened again."""
         self._forwards.lost(expert)
 
+    def close_expert(self, expert: str) -> Calls:
+        """Operations that free what the text holds at one expert; the next `calls` let it read the text anew."""
+        ops = self._forwards.close_expert(expert)
+        return {expert: ops} if ops else {}
+
     def take_back(self) -> str:
         """Cut the text back to whole characters, none of which was shown, and return it: what another unit reads."""
         begun = Utf8Stream(bytes(self._text)).incomplete

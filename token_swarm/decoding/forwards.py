@@ -252,6 +252,10 @@ class Forwards:
         """The expert has lost every sequence, as one does that was started again."""
         self._lanes[name].forget_all()
 
+    def close_expert(self, name: str) -> list[Op]:
+        """Operations that free what the text holds at one expert, which then reads it anew."""
+        return self._lanes[name].close()
+
     def _recover(self, name: str, refused: OpError) -> None:
         if refused.kind is OpErrorKind.CONTEXT_FULL:
             raise ContextFull

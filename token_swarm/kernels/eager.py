@@ -15,8 +15,8 @@ from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
 
 MOST_EXPONENT = 8
-"""Weights over temperatures, added up over the experts, beyond which float32 has too few digits for the log-linear rule:
-those rows are mixed in float64. As in csrc/mix.cpp."""
+"""Weights over temperatures, added up over the experts, beyond which float32 has too few digits for the log-linear
+rule: those rows are mixed in float64. As in csrc/mix.cpp."""
 
 
 def mix(
@@ -43,8 +43,8 @@ def mix(
 def _mix(
     logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, allowed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The mixture in the dtype of the logits, at least float32, and which rows an expert poisons or nobody was asked for:
-    bool [rows, 1]."""
+    """The mixture in the dtype of the logits, at least float32, and which rows an expert poisons or nobody was asked
+    for: bool [rows, 1]."""
     mixed: Tensor | None = None
     bad = (weights == 0).all(1, keepdim=True)
     total = weights.sum(1, keepdim=True)

@@ -140,8 +140,8 @@ class _Tables:
 
 
 def _unsettled(table: Tensor) -> Tensor | None:
-    """Rows of a result that are NaN, int64 [any]; None when there are none. They are bad, or such that float32 cannot hold
-    them, which only the logits tell: those rows are done again in float64."""
+    """Rows of a result that are NaN, int64 [any]; None when there are none. They are bad, or such that float32 cannot
+    hold them, which only the logits tell: those rows are done again in float64."""
     # In numpy: every operation of torch lets another thread have the interpreter.
     rows = np.flatnonzero(np.isnan(table.numpy()[:, 0]))
     return torch.from_numpy(rows) if rows.size else None
@@ -207,8 +207,7 @@ def mix_union(
         out.data_ptr(),
     )  # fmt: skip
     if (again := _unsettled(out)) is not None:
-        rows = [table[again] for table in logits]
-        out[again] = eager.mix_union(rows, own[again], heat[again], rule, union, floor)
+        out[again] = eager.mix_union([table[again] for table in logits], own[again], heat[again], rule, union, floor)
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from token_swarm import kernels, ranges
-from token_swarm.errors import BadLogits, BadParameter
+from token_swarm.errors import BadLogits, BadParameter, NoContinuation
 from token_swarm.experts.contract import ExpertSpec
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary
@@ -75,12 +75,16 @@ class Group:
                 raise BadLogits([spec.name], f"logit row of shape {shape}, not [{self.vocabulary.width}]")
 
     def token_law(self, rows: Sequence[Tensor]) -> Tensor:
-        """Mix the members' logit rows ([width] each) into token probabilities: [width], summing to 1."""
+        """Mix the members' logit rows ([width] each) into token probabilities: [width], summing to 1.
+
+        Raises BadLogits for the members whose own logits are no distribution, and NoContinuation when all are but no
+        token is left to which all of them give a probability.
+        """
         self.check(rows)
         mixed = self._mix(rows, self._asked)
         if math.isnan(mixed.numpy()[0]):
-            bad = [name for name, own in zip(self.names, self.member_laws(rows), strict=True) if bool(own[0].isnan())]
-            raise BadLogits(bad or self.names)
+            bad = [spec.name for spec, row in zip(self.experts, rows, strict=True) if not is_distribution(spec, row)]
+            raise BadLogits(bad) if bad else NoContinuation(self.names)
         return mixed
 
     def member_laws(self, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -112,6 +116,12 @@ class Group:
         """Share of each member when they gave a symbol `masses` [members, or 1 for all], |exponent| as prior."""
         given = np.abs(self.exponents) * np.asarray(masses)
         return as_shares(dict(zip(self.names, given.tolist(), strict=True)))
+
+
+def is_distribution(spec: ExpertSpec, row: Tensor) -> bool:
+    """Whether logits [width] define a distribution: no NaN or +inf at an allowed token, and not all of them -inf."""
+    allowed = torch.from_numpy(spec.vocabulary.allowed.copy()).to(row.device)
+    return row.shape == allowed.shape and math.isfinite(float(row[allowed].amax()))
 
 
 def _row(values: Sequence[float]) -> Tensor:

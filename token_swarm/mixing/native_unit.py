@@ -191,8 +191,9 @@ class NativeByteUnit(ByteUnit):
                     state.unshape()
 
     def _stretch(self, sampler: Sampler, room: int, max_tokens: int | None) -> Stretch:
+        most = min(max_tokens or 0, _NO_LIMIT)
         stretch = self.walker.walk(
-            uniforms=sampler.uniforms(room + 1), script=sampler.script, max_bytes=room, max_tokens=min(max_tokens or 0, _NO_LIMIT)
+            uniforms=sampler.uniforms(room + 1), script=sampler.script, max_bytes=room, max_tokens=most
         )
         sampler.consume(len(stretch.log_probs))
         return stretch

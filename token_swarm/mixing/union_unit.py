@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from token_swarm import kernels
-from token_swarm.errors import BadLogits
+from token_swarm.errors import BadLogits, NoContinuation
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.kernels import UnionMap
-from token_swarm.mixing.groups import Group, Unit, as_shares
+from token_swarm.mixing.groups import Group, Unit, as_shares, is_distribution
 from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.stopwatch import Part, Stopwatch
@@ -148,8 +148,15 @@ class UnionUnit:
         return mixed
 
     def _blame(self) -> None:
-        """Raise BadLogits for the experts whose rows are no law; their histories are due again."""
-        bad = [g for g, own in enumerate(self._own_laws()) if bool(own.isnan().any())]
+        """Raise BadLogits for the experts whose rows are no law, whose histories are due again, or NoContinuation when
+        all are."""
+        bad = [
+            index
+            for index, (group, reader) in enumerate(zip(self.groups, self._readers, strict=True))
+            if reader.row is not None and not reader.lost and not is_distribution(group.experts[0], reader.row)
+        ]
+        if not bad:
+            raise NoContinuation(group.names[0] for group in self.groups)
         for index in bad:
             self._readers[index].fresh = False
         raise BadLogits([self.groups[index].names[0] for index in bad])

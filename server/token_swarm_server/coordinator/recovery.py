@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from token_swarm.decoding.forwards import Calls, Outcome
-from token_swarm.errors import BadLogits
+from token_swarm.errors import BadHistory, BadLogits
 from token_swarm.experts.contract import Close, EncodedPrompt
 from token_swarm.particle import Mixture
 from token_swarm_server.coordinator.expert.link import ExpertLink, LinkState
@@ -19,6 +19,8 @@ from token_swarm_server.telemetry.observer import Watch
 
 _T = TypeVar("_T")
 _PAUSE_SECONDS = 0.02
+_MAX_FAULTS = 3
+"""Abort a request after this many steps with invalid logits."""
 
 
 class OnFailure(enum.Enum):
@@ -72,6 +74,8 @@ class Members:
         self._wait_seconds = wait_seconds
         self._watch = watch
         self._asked: dict[str, int] = {}  # by expert: its restarts when it was asked last
+        self._faults = 0
+        self._reread: dict[str, int] = {}  # by expert: bytes of the text at which it read the text anew
 
     @property
     def names(self) -> list[str]:
@@ -130,10 +134,38 @@ class Members:
                 continue
         return outcomes
 
-    def blame(self, fault: BadLogits) -> None:
-        """An expert's logits are no law."""
-        for name in fault.experts:
-            self._links[name].blame(str(fault), self._asked.get(name, 0))
+    async def examine(self, fault: BadLogits, length: int) -> tuple[list[str], list[str]]:
+        """What is to be done about invalid logits after `length` bytes of the text: the experts that are lost, and
+        those that are to read the text anew.
+
+        An expert is started again only if its logits after a text that nobody chose are invalid too. One that answers
+        that text well reads this one again. If that gives the same, the text is what it cannot take: the request goes
+        on without the expert where it asks for that, or ends. Raises BadHistory, and `fault` when there are too many.
+        """
+        self._faults += 1
+        if self._faults > _MAX_FAULTS:
+            raise fault
+        sound = await asyncio.gather(*(self._is_sound(name) for name in fault.experts))
+        lost, anew = [], []
+        for name, answers in zip(fault.experts, sound, strict=True):
+            if not answers:
+                self._links[name].blame(str(fault), self._asked.get(name, 0))
+                lost.append(name)
+            elif self._reread.get(name) != length:
+                self._reread[name] = length
+                anew.append(name)
+            elif self._prompt.on_failure is OnFailure.DROP and set(self.names) - {name, *lost}:
+                lost.append(name)
+            else:
+                raise BadHistory(name, fault.reason)
+        return lost, anew
+
+    async def _is_sound(self, name: str) -> bool:
+        link = self._links[name]
+        try:
+            return link.restarts == self._asked.get(name, 0) and await link.probe()
+        except ExpertUnavailable:
+            return False
 
     async def settle(self, lost: Sequence[str]) -> None:
         """Do what the request asks for about experts that were lost; on return the others, or all, take work.

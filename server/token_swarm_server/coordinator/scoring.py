@@ -14,9 +14,6 @@ from token_swarm_server.coordinator.expert.link import ExpertLink
 from token_swarm_server.coordinator.mixing_pool import MixingPool
 from token_swarm_server.coordinator.recovery import Members
 
-_MAX_FAULTS = 3
-"""An expert whose logits are no law so often for one text is not to blame for bad luck: the text ends."""
-
 
 async def score_text(
     ensemble: Ensemble,
@@ -74,7 +71,6 @@ async def _score_window(
     pool: MixingPool,
 ) -> Score:
     """Score what fits in one pass. pieces: canonical tokens of what `scored_text` says for each expert."""
-    faults = 0
     while True:
         scorer = Scorer(ensemble, members.mixture, prompts, text, pieces, allocate)
         try:
@@ -83,12 +79,9 @@ async def _score_window(
                 await pool.aside(partial(scorer.resume, outcomes))
                 await members.settle([name for name in calls if name not in outcomes])
             return scorer.score
-        except BadLogits as fault:
-            faults += 1
-            if faults > _MAX_FAULTS:
-                raise
-            members.blame(fault)
-            at_fault = fault.experts
+        except BadLogits as error:
+            fault = error
         finally:
             members.release(scorer.close())
-        await members.settle(at_fault)
+        lost, _ = await members.examine(fault, 0)
+        await members.settle(lost)

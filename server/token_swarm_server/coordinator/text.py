@@ -25,8 +25,6 @@ from token_swarm_server.telemetry.observer import Watch
 
 logger = logging.getLogger(__name__)
 
-_MAX_FAULTS = 3
-"""An expert whose logits are no law so often for one text is not to blame for bad luck: the text ends."""
 _TURNS = 4
 """Of the event loop: in which a scheduler gets its step on the way."""
 
@@ -65,7 +63,6 @@ class Generation:
         self._ready: asyncio.Future[None] | None = None
         self._awaited = 0  # answers of the round that have not come, and works on answers that have not ended
         self._late: list[Stopwatch] = []  # of those that began when all had answered
-        self._faults = 0
         self._took = 0.0
         self._pause: Pause | None = None
 
@@ -191,25 +188,36 @@ class Generation:
         self._took = 0.0
         for stopwatch in self._late:
             self._opened.stopwatch.add(stopwatch)
+        fault: BadLogits | None = None
         try:
             if self._late:
                 # What is left is short, and holds the interpreter: threads would only get into each other's way.
                 self._mix(outcomes)
             else:
                 await self._pool.mix(partial(self._mix, outcomes))
-        except BadLogits as fault:
-            self._faults += 1
-            if self._faults > _MAX_FAULTS:
-                raise
-            self.members.blame(fault)
-            lost += fault.experts
+        except BadLogits as error:
+            fault = error
         finally:
             self._watch.mixed(made + self._took)
             self._watch.parts.scheduling += time.perf_counter() - round_.answered_at - made - self._took
+        if fault is not None:
+            self._end_pause()
+            lost += await self._reread(fault)
         self.being_written = not lost
         if lost and not self._opened.finished:
             self._end_pause()
             await self._without_or_again(lost)
+
+    async def _reread(self, fault: BadLogits) -> list[str]:
+        """See to experts with invalid logits: returns those that are lost; others read the text anew."""
+        decoder = self._opened
+        for name in fault.experts:
+            # The sequence may hold what made the logits so, and takes the place of the one for the probe.
+            self.members.release(decoder.close_expert(name))
+        lost, anew = await self.members.examine(fault, len(decoder.text))
+        for name in anew:
+            logger.warning("request %s: expert %s reads the text anew: %s", self._watch.id, name, fault.reason)
+        return lost
 
     def _mix(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         """What may run in a thread: nothing but the decoder is touched."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from token_swarm.decoding.forwards import Outcome
-from token_swarm.errors import BadParameter
-from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Op
+from token_swarm.errors import BadParameter, ExpertFault
+from token_swarm.experts.contract import EncodedPrompt, ExpertSpec, ExpertStats, Op, Open, OpError
+from token_swarm.mixing.groups import is_distribution
 from token_swarm_server.config.settings import ClientTls
 from token_swarm_server.coordinator.expert.connection import ExpertConnection
 from token_swarm_server.coordinator.loop import ExpertScheduler, at_once
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPT_SECONDS = 5.0
 """For one attempt to reach an expert again; there is always another one."""
+_PROBE = "The"
+"""What an expert is probed with: a text that every model has seen."""
 _PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE = 5.0
 
@@ -88,6 +91,8 @@ class ExpertLink:
         self._changed = changed
         self._ids = itertools.count()
         self._reason = ""
+        self._probe_tokens: tuple[int, ...] = ()
+        self._probing: asyncio.Task[bool] | None = None
         self._ready = asyncio.Event()
         self._up(connection)
         self._keeper = asyncio.create_task(self._keep())
@@ -163,6 +168,33 @@ class ExpertLink:
             # That the expert is gone may be known before the link has put its connection away.
             await (asyncio.sleep(0) if self._ready.is_set() else self._ready.wait())
 
+    async def probe(self) -> bool:
+        """Whether the expert's logits after a short fixed text, in a sequence of its own, are a distribution.
+
+        Callers at the same time share one answer. Raises ExpertUnavailable.
+        """
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._answers_well())
+            # The callers may all have been cancelled.
+            self._probing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._probing)
+
+    async def _answers_well(self) -> bool:
+        if not self._probe_tokens:
+            try:
+                self._probe_tokens = (await self.encode(_PROBE)).tokens
+            except (BadParameter, ExpertFault):
+                # A vocabulary that cannot write it: its first token that writes anything.
+                texts = self.spec.vocabulary.token_bytes
+                self._probe_tokens = (next(token for token, text in enumerate(texts) if text),)
+        sequence = self.allocate_sequence()
+        try:
+            (outcome,) = await self.submit([Open(sequence, self._probe_tokens)])
+        finally:
+            self.release([sequence])
+        # A refusal says nothing about logits.
+        return isinstance(outcome, OpError) or is_distribution(self.spec, outcome[0])
+
     def blame(self, reason: str, restarts: int) -> None:
         """The expert answered what cannot be right: it is started again, or at least connected anew.
 
@@ -176,6 +208,8 @@ class ExpertLink:
     async def close(self) -> None:
         """Disconnect for good; running texts fail."""
         self._keeper.cancel()
+        if self._probing is not None:
+            self._probing.cancel()
         await asyncio.gather(self._keeper, return_exceptions=True)
         await self._scheduler.close()
         await self._connection.close()
