@@ -141,6 +141,17 @@ class ByteGroup:
             unknown -= head.mass
         return due
 
+    @property
+    def nodes(self) -> list[int]:
+        """Trie nodes of the heads that have a law."""
+        return [head.node for head in self.heads if head.law is not None]
+
+    def unshape(self) -> None:
+        """Give every head its law before temperature and filters."""
+        for head in self.heads:
+            head.law = head.law.unshaped if head.law is not None else None
+        self._law = None
+
     def feed(self, head: Head, law: ByteLaw) -> None:
         """Give a cold head its law and let it walk the bytes that came after its history."""
         head.law = law
@@ -193,8 +204,7 @@ class ByteGroup:
             raise ValueError("the end of the text is not a byte: stop instead of advancing")
         if not self._reaches(byte):
             # Temperature or a filter excluded what the other groups chose: this group's own law did not.
-            for head in self.heads:
-                head.law = head.law.unshaped if head.law is not None else None
+            self.unshape()
         if self._boundary is not None:
             likely = max(float(self.law()[byte]), BOUNDARY_FLOOR)
             for head in self.heads:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from token_swarm.errors import BadLogits
+from token_swarm.errors import BadLogits, NoContinuation
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.mixing.byte_group import ByteGroup
 from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
@@ -17,7 +17,7 @@ from token_swarm.mixing.groups import Group, Unit, as_shares
 from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.stopwatch import Part, Stopwatch
-from token_swarm.mixing.trie import ByteTrie
+from token_swarm.mixing.trie import ROOT, ByteTrie
 from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
 from token_swarm.particle import Rule
 
@@ -67,6 +67,15 @@ class GroupState(Protocol):
     @property
     def cold(self) -> Sequence[ColdHead]:
         """See `ByteGroup.cold`."""
+        ...
+
+    @property
+    def nodes(self) -> Sequence[int]:
+        """See `ByteGroup.nodes`."""
+        ...
+
+    def unshape(self) -> None:
+        """See `ByteGroup.unshape`."""
         ...
 
     def due(self) -> Sequence[ColdHead]:
@@ -159,7 +168,7 @@ class ByteUnit:
         with stopwatch.measure(Part.MIX):
             probabilities = mixed.token_law(rows)
             own = mixed.member_laws(rows) if len(rows) > 1 else []
-            shaped = self._shaping.apply(probabilities) if self._shaping.changes_law else None
+            shaped = self._shaping.apply(probabilities, wide=True) if self._shaping.changes_law else None
         with stopwatch.measure(Part.PREFIX_MASS):
             members = tuple(make(law) for law in own)
             if shaped is None:
@@ -174,6 +183,40 @@ class ByteUnit:
     def law(self) -> Array:
         """The mixed law over 257 symbols. Groups that are lost have no say."""
         return mix_bytes(self.laws, [group.weight for group in self.groups], self.groups[0].rule)
+
+    def relaxed_law(self) -> Array:
+        """The law where the groups' shaped laws exclude each other: of the symbols that some group with a positive
+        weight keeps (all, if no other group can write those), by the mixture of the laws before temperature and
+        filters, at the temperature.
+
+        All zeros when the vocabularies have no symbol in common. Raises NoContinuation when they have.
+        """
+        if not self._have_a_symbol_in_common():
+            return np.zeros(SYMBOLS)
+        kept = np.any([law > 0 for law, group in zip(self.laws, self.groups, strict=True) if group.weight > 0], axis=0)
+        for state in self.states:
+            state.unshape()
+        whole = self.law()
+        law = np.where(kept, whole, 0.0)
+        law = law if law.any() else whole
+        if not self._shaping.changes_law or not law.any():
+            raise NoContinuation(name for group in self.groups for name in group.names)
+        law = (law / law.max()) ** (1 / self._shaping.temperature)
+        relaxed: Array = law / law.sum()
+        return relaxed
+
+    def _have_a_symbol_in_common(self) -> bool:
+        """Whether the vocabularies of the groups that are not lost can write one after the text so far."""
+        common = np.ones(SYMBOLS, dtype=bool)
+        for group, state in zip(self.groups, self.states, strict=True):
+            if not state.lost:
+                own = np.zeros(SYMBOLS, dtype=bool)
+                trie = state.trie
+                for node in state.nodes:
+                    own[trie.byte[trie.first_child[node] : trie.first_child[node + 1]]] = True
+                    own[END] |= node == ROOT and bool(group.vocabulary.eos_ids)
+                common &= own
+        return bool(common.any()) and not all(state.lost for state in self.states)
 
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
         """Choose bytes until some group needs a forward."""

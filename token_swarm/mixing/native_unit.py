@@ -18,7 +18,7 @@ from token_swarm.mixing.byte_law import END, EXACT_BELOW, Array, ByteLaw
 from token_swarm.mixing.byte_unit import ByteUnit, GroupState
 from token_swarm.mixing.sampling import Sampler
 from token_swarm.mixing.trie import ByteTrie
-from token_swarm.mixing.unit import Need, Walk
+from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
 from token_swarm.particle import Rule
 
 _NO_LIMIT = 2**62
@@ -72,6 +72,11 @@ class NativeGroup:
         """Give every head its law before temperature and filters."""
         for slot in {view.law for view in self._walk.heads(self._index, Which.ALL)} - {-1}:
             self._put(slot, self._laws[slot].unshaped)
+
+    @property
+    def nodes(self) -> list[int]:
+        """See `ByteGroup.nodes`."""
+        return [view.node for view in self._walk.heads(self._index, Which.ALL) if view.law >= 0]
 
     def law(self) -> Array:
         """See `ByteGroup.law`."""
@@ -180,15 +185,30 @@ class NativeByteUnit(ByteUnit):
             walk.log_probs += stretch.log_probs
             walk.certificate = max(walk.certificate, stretch.certificate)
             shares = [sum(both) for both in zip(shares, stretch.shares, strict=True)]
+            names = [name for group in self.groups for name in group.names]
+            if stretch.status is Status.NOTHING_FOLLOWS:
+                # One symbol as the definition chooses it, which is known to do without the groups' shaped laws.
+                one = walk_by_symbol(self, sampler, max_bytes=1, max_tokens=max_tokens)
+                walk.data += one.data
+                walk.log_probs += one.log_probs
+                walk.certificate = max(walk.certificate, one.certificate)
+                shares = [share + one.shares.get(name, 0.0) for name, share in zip(names, shares, strict=True)]
+                if not one.ended and not self._reached(walk, max_bytes, max_tokens):
+                    continue
+                walk.ended = one.ended
+                walk.shares = dict(zip(names, shares, strict=True))
+                return walk
             if stretch.status is not Status.NEEDS_UNSHAPED:
-                walk.ended = stretch.status in (Status.ENDED, Status.NOTHING_FOLLOWS)
-                names = [name for group in self.groups for name in group.names]
+                walk.ended = stretch.status is Status.ENDED
                 walk.shares = dict(zip(names, shares, strict=True))
                 return walk
             # A filter excluded what the mixture chose; once every such group has its own law the walk goes on.
             for state in self._natives:
                 if not state.lost and not state.reaches(stretch.symbol):
                     state.unshape()
+
+    def _reached(self, walk: Walk, max_bytes: int, max_tokens: int | None) -> bool:
+        return len(walk.data) >= max_bytes or (max_tokens is not None and self.fewest_tokens() >= max_tokens)
 
     def _stretch(self, sampler: Sampler, room: int, max_tokens: int | None) -> Stretch:
         most = min(max_tokens or 0, _NO_LIMIT)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from token_swarm import kernels, ranges
 
+_WIDE_BELOW = 0.25
+"""Below this temperature a token of e^-22 times the largest probability would be 0 in float32."""
+
 
 @dataclass(frozen=True)
 class Shaping:
@@ -46,10 +49,16 @@ class Shaping:
             0.0,
         )
 
-    def apply(self, probabilities: Tensor) -> Tensor:
-        """probabilities: [width], summing to 1. Returns a reshaped copy that sums to 1."""
+    def apply(self, probabilities: Tensor, *, wide: bool = False) -> Tensor:
+        """probabilities: [width], summing to 1. Returns a reshaped copy that sums to 1.
+
+        wide: the result is to be multiplied with others, and is float64 where float32 would turn what is unlikely into
+        0 at this temperature.
+        """
         if not self.changes_law:
             return probabilities
+        if wide and self.temperature < _WIDE_BELOW:
+            probabilities = probabilities.double()
         return kernels.shape(
             probabilities[None],
             torch.tensor([self.temperature], dtype=torch.float64),

@@ -30,8 +30,7 @@ class Walk:
 
     log_probs: natural log-probability of every symbol chosen, the end of the text included; shares: of each expert,
     summed over those symbols; certificate: largest total-variation bound at any of them.
-    ended: the end of the text was chosen, or nothing can follow (the experts or their filters have no continuation
-    in common).
+    ended: the end of the text was chosen, or the experts' vocabularies have no continuation in common.
     """
 
     data: bytes = b""
@@ -77,6 +76,9 @@ class MixingUnit(Protocol):
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:
         """Choose and append symbols until a forward is due, the text ends, or it has grown by `max_bytes`.
 
+        Raises NoContinuation where the vocabularies have a continuation in common to which no expert gives any
+        probability that the others do not exclude.
+
         A symbol that writes several bytes may exceed max_bytes. max_tokens: stop also when every group's own
         tokenization of the text, without the prompt, has that many tokens.
         """
@@ -112,6 +114,10 @@ class SymbolUnit(MixingUnit, Protocol):
         """Probabilities of the next symbols, summing to 1; all zeros when nothing can follow."""
         ...
 
+    def relaxed_law(self) -> npt.NDArray[Any]:
+        """The law to choose by where `law` is all zeros; all zeros itself when nothing can follow."""
+        ...
+
     def ends(self, symbol: int) -> bool:
         """Whether `symbol` ends the text."""
         ...
@@ -130,7 +136,7 @@ def walk_by_symbol(unit: SymbolUnit, sampler: Sampler, *, max_bytes: int, max_to
     data, shares, walk = bytearray(), dict[str, float](), Walk()
     while not unit.due() and len(data) < max_bytes:
         law = unit.law()
-        if not law.any():
+        if not law.any() and not (law := unit.relaxed_law()).any():
             walk.ended = True
             break
         symbol = sampler.choose(law)

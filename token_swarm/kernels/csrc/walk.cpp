@@ -158,6 +158,13 @@ public:
         return named;
     }
 
+    template <class L>
+    void put(size_t slot, L&& law) {
+        if (slot >= laws.size()) laws.resize(slot + 1);
+        laws[slot] = std::move(law);
+        has_law = false;  // a head may have the slot already
+    }
+
     void feed(int64_t key, int32_t law) {
         size_t i = index_of(key);
         heads[i].law = law;
@@ -575,9 +582,7 @@ TS_API int64_t ts_history(void* sequence, int64_t group, int32_t history, int32_
 // Puts a law into a slot (the laws' memory is the caller's and must outlive its use) ...
 TS_API void ts_put_law(void* sequence, int64_t group, int32_t slot, const LawView* own, int64_t members,
                        const LawView* member_laws) {
-    auto& laws = TS_GROUP.laws;
-    if (size_t(slot) >= laws.size()) laws.resize(size_t(slot) + 1);
-    laws[size_t(slot)] = make_law(own, members, member_laws);
+    TS_GROUP.put(size_t(slot), make_law(own, members, member_laws));
 }
 
 // ... and gives the law in a slot to a cold head.
