@@ -12,6 +12,7 @@ from token_swarm.experts.contract import EncodedPrompt, ExpertSpec
 from token_swarm.kernels import UnionMap
 from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.groups import Group, Unit, make_groups, make_rows, resolve_unit
+from token_swarm.mixing.log_unit import LogUnit
 from token_swarm.mixing.native_unit import byte_unit_type
 from token_swarm.mixing.shaping import Shaping
 from token_swarm.mixing.token_unit import TokenUnit
@@ -94,6 +95,10 @@ class Ensemble:
         if key not in self._unions:
             self._unions[key] = UnionMap.build([group.vocabulary for group in rows])
         return UnionUnit(rows, self._unions[key], self.tries, prompts, request.shaping, floor=request.union_floor)
+
+    def log_score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> LogUnit:
+        """The same as `score_unit` in logarithms."""
+        return LogUnit(groups, self.tries, prompts)
 
     def score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> ByteUnit:
         """A byte unit that follows the heads it is fed: none is ever due, a cold one is given up after one byte."""

@@ -91,14 +91,14 @@ class LocalEnsemble:
         lengths = {name: token_lengths(specs[name], prompts[name], text, own) for name, own in tokens.items()}
         stride, windows = plan_windows(text.encode(), lengths, stride)
         if len(windows) == 1:
-            return self._score(Scorer(self.ensemble, mixture, prompts, text, tokens, self.allocate))
+            return self._score(mixture, prompts, text, tokens)
         scores = []
         for window in windows:
             encoded = {name: self._encoded(name, prompts[name], text, window) for name in prompts}
             before = {name: own for name, (own, _) in encoded.items()}
             own = text.encode()[window.start : window.stop].decode()
             read = {name: tokens for name, (_, tokens) in encoded.items()}
-            scores.append(self._score(Scorer(self.ensemble, mixture, before, own, read, self.allocate)))
+            scores.append(self._score(mixture, before, own, read))
         return join_scores(stride, windows, scores)
 
     def _encoded(
@@ -115,13 +115,22 @@ class LocalEnsemble:
                 return encoded
             answer = expert.encode(asked.text) if asked.as_prompt else expert.tokenize(asked.text)
 
-    def _score(self, scorer: Scorer) -> Score:
+    def _score(
+        self,
+        mixture: Mixture,
+        prompts: Mapping[str, EncodedPrompt],
+        text: str,
+        tokens: Mapping[str, tuple[int, ...]],
+        *,
+        in_logs: bool = False,
+    ) -> Score:
+        scorer = Scorer(self.ensemble, mixture, prompts, text, tokens, self.allocate, in_logs=in_logs)
         try:
             while calls := scorer.calls():
                 scorer.resume(self.run(calls))
         finally:
             self.run(scorer.close())
-        return scorer.score
+        return self._score(mixture, prompts, text, tokens, in_logs=True) if scorer.underflowed else scorer.score
 
     def scorer(self, prompt: str, text: str, mixture: Mixture) -> Scorer:
         """A scorer for a text that fits every context; drive it with `run`."""

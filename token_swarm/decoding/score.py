@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -32,10 +33,17 @@ from token_swarm.experts.contract import (
 from token_swarm.mixing.byte_law import ByteLaw
 from token_swarm.mixing.byte_unit import ByteUnit, ColdHead
 from token_swarm.mixing.groups import Group
+from token_swarm.mixing.log_unit import LogHead, LogLaw, LogUnit
 from token_swarm.particle import Mixture, Rule
+
+UNDERFLOW = math.log(1e-30)
+"""A log-probability below this may have lost digits, or be -inf, for want of range: such a text is scored again in
+logarithms."""
 
 CHUNK = 32
 """Tokens of one forward: bounds the logits in flight (32 rows of 262,144 float32 are 34 MB)."""
+
+_Head = TypeVar("_Head", ColdHead, LogHead)
 
 
 @dataclass
@@ -113,7 +121,7 @@ class CanonicalPath:
         taken = prompt if len(context) < len(prompt.tokens) else EncodedPrompt(context, 0)
         return cls(context, tuple(tokens), taken)
 
-    def head(self, heads: Sequence[ColdHead]) -> ColdHead | None:
+    def head(self, heads: Sequence[_Head]) -> _Head | None:
         """The head whose history lies on this way and has more of it to come, if there is one."""
         start = len(self.context)
         for head in heads:
@@ -138,7 +146,7 @@ class _Pass:
     asked: int = -1
     is_open: bool = False
     recoveries: int = 0
-    law: ByteLaw | None = None
+    law: ByteLaw | LogLaw | None = None
     law_row: int = -1
 
     def next_op(self) -> Open | Extend | None:
@@ -184,8 +192,11 @@ class Scorer:
         text: str,
         tokens: Mapping[str, Sequence[int]],
         allocate: Callable[[str], int],
+        *,
+        in_logs: bool = False,
     ) -> None:
-        """tokens[expert]: canonical tokens of what `scored_text` says for that expert."""
+        """tokens[expert]: canonical tokens of what `scored_text` says for that expert. in_logs: work with logarithms
+        throughout, several times slower, which no probability is too small for."""
         if not text:
             raise BadParameter("text", text, "at least one byte")
         groups = ensemble.groups(mixture)
@@ -193,18 +204,21 @@ class Scorer:
         paths = {spec.name: CanonicalPath.of(spec, prompts[spec.name], text, tokens[spec.name]) for spec in specs}
         self._passes = {name: _Pass(path, allocate(name)) for name, path in paths.items()}
         taken = {name: path.prompt for name, path in paths.items()}
-        self._unit = ensemble.score_unit(groups, taken)
+        unit = ensemble.log_score_unit if in_logs else ensemble.score_unit
+        self._unit: ByteUnit | LogUnit = unit(groups, taken)
         singles = tuple(Group((spec,), (1.0,), (1.0,), 1.0, Rule.LINEAR) for spec in specs)
-        self._own = ensemble.score_unit(singles, taken)
+        self._own: ByteUnit | LogUnit = unit(singles, taken)
+        self.underflowed = False
+        """Whether a probability was too small: the text is to be scored `in_logs`."""
         self._text = text.encode()
         self._at = 0
         self._asked: set[str] = set()
         self.score = Score(len(self._text), {name: ExpertScore(len(path.tokens)) for name, path in paths.items()})
 
     def calls(self) -> Calls:
-        """The next piece of every pass that is waited for; empty when the text is scored."""
+        """The next piece of every pass that is waited for; empty when the text is scored, or `underflowed`."""
         calls: Calls = {}
-        for name in self._missing() if self._at < len(self._text) else ():
+        for name in self._missing() if self._at < len(self._text) and not self.underflowed else ():
             op = self._passes[name].next_op()
             if op is None:
                 raise ExpertFault(name, "its tokens end before the text does")
@@ -232,7 +246,7 @@ class Scorer:
             if outcome.kind is not OpErrorKind.UNKNOWN_SEQUENCE or own.recoveries > MAX_RECOVERIES:
                 raise ExpertFault(name, outcome.message)
             own.is_open = False
-        while self._at < len(self._text) and not self._missing():
+        while self._at < len(self._text) and not self.underflowed and not self._missing():
             self._score_byte()
 
     def close(self) -> Calls:
@@ -247,8 +261,9 @@ class Scorer:
                 missing |= self._feed(unit, index, group)
         return missing
 
-    def _feed(self, unit: ByteUnit, index: int, group: Group) -> set[str]:
-        state, path = unit.states[index], self._passes[group.names[0]].path
+    def _feed(self, unit: ByteUnit | LogUnit, index: int, group: Group) -> set[str]:
+        state: Any = unit.states[index]  # takes the laws that its unit makes
+        path = self._passes[group.names[0]].path
         while (head := path.head(state.cold)) is not None:
             row = len(head.tokens) - len(path.context)
             missing = {name for name in group.names if row not in self._passes[name].rows}
@@ -257,7 +272,7 @@ class Scorer:
             state.feed(head, self._law(unit, index, group, row))
         return set()
 
-    def _law(self, unit: ByteUnit, index: int, group: Group, row: int) -> ByteLaw:
+    def _law(self, unit: ByteUnit | LogUnit, index: int, group: Group, row: int) -> ByteLaw | LogLaw:
         """A group's law after `row` tokens. Where it is also its only expert's own law, it is made once."""
         first = self._passes[group.names[0]]
         own = len(group.names) == 1 and group.exponents == (1.0,) and group.temperatures == (1.0,)
@@ -270,18 +285,36 @@ class Scorer:
             first.rows.pop(row)  # the ensemble's group took it first
             token = first.path.tokens[row]
             position = law.trie.position(token, group.vocabulary.token_bytes[token] or b"")
-            self.score.experts[group.names[0]].token_log_prob += _log(float(law.probabilities[position]))
+            own_log = law.log_probs[position] if isinstance(law, LogLaw) else _log(float(law.probabilities[position]))
+            self.score.experts[group.names[0]].token_log_prob += float(own_log)
+            self._see(float(own_log))
         return law
 
     def _score_byte(self) -> None:
         byte = self._text[self._at]
-        self.score.per_byte.append(_log(float(self._unit.law()[byte])))
-        for name, law in zip(self._passes, self._own.laws, strict=True):
-            self.score.experts[name].per_byte.append(_log(float(law[byte])))
-        for unit in (self._unit, self._own):
-            unit.advance(byte)
+        mixed, _ = _step(self._unit, byte)
+        _, alone = _step(self._own, byte)
+        self.score.per_byte.append(mixed)
+        for name, log_prob in zip(self._passes, alone, strict=True):
+            self.score.experts[name].per_byte.append(log_prob)
+        self._see(min(mixed, *alone))
         self._at += 1
         self.score.retired = max(self._unit.retired, self._own.retired)
+
+    def _see(self, log_prob: float) -> None:
+        self.underflowed |= log_prob < UNDERFLOW and not isinstance(self._unit, LogUnit)
+
+
+def _step(unit: ByteUnit | LogUnit, byte: int) -> tuple[float, list[float]]:
+    """Append a byte; returns its log-probability under the mixture of the groups and under each of them."""
+    if isinstance(unit, LogUnit):
+        laws = unit.log_laws()
+        log_probs = float(unit.log_law(laws)[byte]), [float(law[byte]) for law in laws]
+        unit.advance(byte, laws)
+        return log_probs
+    log_probs = _log(float(unit.law()[byte])), [_log(float(law[byte])) for law in unit.laws]
+    unit.advance(byte)
+    return log_probs
 
 
 def _log(probability: float) -> float:

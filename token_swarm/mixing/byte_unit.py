@@ -282,6 +282,6 @@ def mix_bytes(laws: Sequence[Array], weights: Sequence[float], rule: Rule) -> Ar
         if not possible.any():
             return np.zeros(SYMBOLS)
         logs = np.sum([weight * np.log(law, where=possible, out=np.zeros(SYMBOLS)) for law, weight in living], axis=0)
-        mixed = np.where(possible, np.exp(logs - logs[possible].max()), 0.0)
+        mixed = np.exp(np.where(possible, logs - logs[possible].max(), -np.inf))
     total: Array = mixed / mixed.sum()
     return total

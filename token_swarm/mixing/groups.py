@@ -87,6 +87,27 @@ class Group:
             raise BadLogits(bad) if bad else NoContinuation(self.names)
         return mixed
 
+    def token_log_law(self, rows: Sequence[Tensor]) -> npt.NDArray[np.float64]:
+        """The logarithm of `token_law`, float64 [width], for laws so sharp that probabilities would be 0. Raises as it."""
+        self.check(rows)
+        bad = [spec.name for spec, row in zip(self.experts, rows, strict=True) if not is_distribution(spec, row)]
+        if bad:
+            raise BadLogits(bad)
+        logs = torch.stack(
+            [
+                torch.log_softmax(torch.where(self._allowed, row.cpu().double(), -torch.inf) / heat, dim=0)
+                for row, heat in zip(rows, self.temperatures, strict=True)
+            ]
+        )
+        powers = torch.tensor(self.exponents, dtype=torch.float64)[:, None]
+        if self.rule is Rule.LINEAR:
+            return np.asarray(torch.logsumexp(logs + powers.log(), 0).numpy(), dtype=np.float64)
+        possible = logs.isfinite().all(0)
+        if not bool(possible.any()):
+            raise NoContinuation(self.names)
+        joint = torch.where(possible, (powers * torch.where(possible, logs, 0.0)).sum(0), -torch.inf)
+        return np.asarray(torch.log_softmax(joint, 0).numpy(), dtype=np.float64)
+
     def member_laws(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Each member's own token probabilities at its temperature."""
         return [self._mix([row], asked) for row, asked in zip(rows, self._asked_alone, strict=True)]

@@ -71,17 +71,22 @@ async def _score_window(
     pool: MixingPool,
 ) -> Score:
     """Score what fits in one pass. pieces: canonical tokens of what `scored_text` says for each expert."""
+    in_logs = False
     while True:
-        scorer = Scorer(ensemble, members.mixture, prompts, text, pieces, allocate)
+        scorer = Scorer(ensemble, members.mixture, prompts, text, pieces, allocate, in_logs=in_logs)
+        fault: BadLogits | None = None
         try:
             while calls := scorer.calls():
                 outcomes = await members.answers(members.ask(calls))
                 await pool.aside(partial(scorer.resume, outcomes))
                 await members.settle([name for name in calls if name not in outcomes])
-            return scorer.score
+            if not scorer.underflowed:
+                return scorer.score
+            in_logs = True
         except BadLogits as error:
             fault = error
         finally:
             members.release(scorer.close())
-        lost, _ = await members.examine(fault, 0)
-        await members.settle(lost)
+        if fault is not None:
+            lost, _ = await members.examine(fault, 0)
+            await members.settle(lost)
