@@ -197,6 +197,9 @@ class Decoder:
         left = None if limit is None else limit - self._earlier_tokens
         with self.stopwatch.measure(Part.WALK):
             walk = self._unit.walk(self._sampler, max_bytes=room, max_tokens=left)
+        if not (walk.log_probs or walk.ended or self._unit.due()):
+            # Whatever the reason: to try again would be a loop without an end, in which nobody else is served.
+            raise RuntimeError(f"the text does not go on: room {room}, tokens left {left}, {self._request}")
         self.log_probs += walk.log_probs
         self._symbols += len(walk.log_probs)
         self._certificate = max(self._certificate, walk.certificate)

@@ -156,6 +156,8 @@ class ByteUnit:
 
     def _law(self, group: int, rows: Sequence[Tensor], stopwatch: Stopwatch) -> ByteLaw:
         make, mixed = self._makers[group], self.groups[group]
+        if mixed.is_sharp:
+            rows = [row.double() for row in rows]
         heat = mixed.only_temperature
         if heat is not None and not self._shaping.changes_law and rows[0].device.type == "cpu":
             # Nothing to mix: what is left is a softmax, made where its masses are needed.

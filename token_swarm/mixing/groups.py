@@ -67,6 +67,13 @@ class Group:
         exponent = self.exponents[0] if self.rule is Rule.LOG_LINEAR else 1.0
         return torch.tensor([self.temperatures[0] / exponent], dtype=torch.float64) if exponent > 0 else None
 
+    @cached_property
+    def is_sharp(self) -> bool:
+        """Whether the law is so much sharper than its members' that float32 would turn what is unlikely into 0."""
+        linear = self.rule is Rule.LINEAR
+        pairs = zip(self.exponents, self.temperatures, strict=True)
+        return any((1.0 if linear else abs(exponent)) / heat > 4 for exponent, heat in pairs)
+
     def check(self, rows: Sequence[Tensor]) -> None:
         """Raise BadLogits unless the members' logit rows are [width] each."""
         for spec, row in zip(self.experts, rows, strict=True):
@@ -88,7 +95,7 @@ class Group:
         return mixed
 
     def token_log_law(self, rows: Sequence[Tensor]) -> npt.NDArray[np.float64]:
-        """The logarithm of `token_law`, float64 [width], for laws so sharp that probabilities would be 0. Raises as it."""
+        """The logarithm of `token_law`, float64 [width], for laws too sharp for probabilities. Raises as it."""
         self.check(rows)
         bad = [spec.name for spec, row in zip(self.experts, rows, strict=True) if not is_distribution(spec, row)]
         if bad:

@@ -193,7 +193,7 @@ class NativeByteUnit(ByteUnit):
                 walk.log_probs += one.log_probs
                 walk.certificate = max(walk.certificate, one.certificate)
                 shares = [share + one.shares.get(name, 0.0) for name, share in zip(names, shares, strict=True)]
-                if not one.ended and not self._reached(walk, max_bytes, max_tokens):
+                if one.data and not self._reached(walk, max_bytes, max_tokens):
                     continue
                 walk.ended = one.ended
                 walk.shares = dict(zip(names, shares, strict=True))

@@ -82,7 +82,7 @@ def demo(
     prompt: Annotated[str, typer.Option(help="Question to answer.")] = PROMPT,
     plain: Annotated[bool, typer.Option("--plain", help="The prompt is a text to continue, no question.")] = False,
     max_bytes: Annotated[int, typer.Option(help="Most bytes to write.", min=1, max=2**32)] = BYTES,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Below 0.001 greedy, at most 100.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0, max=options.UINT64)] = 1,
     cache: options.Cache = None,
     as_json: options.Json = False,

@@ -24,7 +24,7 @@ def generate(
     particle: options.ParticleName = None,
     rule: options.RuleOption = None,
     unit: options.UnitOption = options.UnitName.AUTO,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 0.001 greedy, at most 100; default: 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the K best tokens.", min=1, max=_UINT32)] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the best tokens of mass P.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep tokens at least P times the best.")] = None,

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from token_swarm.experts.vllm.options import check_options, parse_value
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
+from token_swarm.ranges import EPSILON, SECONDS, WINDOW
 from token_swarm_server.config.addresses import check_target, parse_listen
 from token_swarm_server.config.places import default_cache
 
@@ -205,8 +206,8 @@ class CoordinatorSettings(BaseModel):
     rule: Literal["linear", "log-linear"] = "log-linear"
     weights: dict[str, float] = Field(default_factory=dict)
     """Mixture of a request that names none; empty: uniform over all experts."""
-    epsilon: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_EPSILON
-    window: Annotated[int, Field(ge=1)] | None = DEFAULT_WINDOW
+    epsilon: Annotated[float, Field(ge=EPSILON.low, lt=EPSILON.high)] = DEFAULT_EPSILON
+    window: Annotated[int, Field(ge=WINDOW.low, le=WINDOW.high)] | None = DEFAULT_WINDOW
     lanes_per_expert: Annotated[int, Field(ge=1)] = 2
     draft_tokens: Annotated[int, Field(ge=0, le=MOST_DRAFT_TOKENS)] = 4
     """Most tokens that an expert computes beyond what a text needs, of a request that does not say; 0: none."""
@@ -218,7 +219,7 @@ class CoordinatorSettings(BaseModel):
     """Requests that may wait for KV; the next one is refused."""
     max_queue_bytes: Annotated[int, Field(ge=0)] = 16 * 2**20
     """Bytes of prompt that may wait for KV."""
-    max_seconds: Annotated[float, Field(gt=0)] = 600.0
+    max_seconds: Annotated[float, Field(gt=SECONDS.low, le=SECONDS.high)] = 600.0
     """Longest life of a request, whatever its own deadline."""
     wait_seconds: Annotated[float, Field(ge=0)] = 120.0
     """How long a request waits for an expert that is down before it fails."""

@@ -151,7 +151,8 @@ public:
         for (int i : candidates) unknown += heads[i].mass();
         const double limit = std::max(spec.epsilon, spec.negligible) * total();
         for (int i : candidates) {
-            if (unknown <= limit) break;
+            // `is_due` may have added up in another order: what it says must name a head, or nobody would go on.
+            if (unknown <= limit && !named.empty()) break;
             named.push_back(i);
             unknown -= heads[i].mass();
         }

@@ -187,9 +187,10 @@ class ExpertWeight(_message.Message):
     expert: _builtins.str
     """Name of the expert, as ListExperts gives it."""
     weight: _builtins.float
-    """Weight. Experts with weight 0 are not run; experts that are not named have weight 0."""
+    """Weight, from -1000 to 1000, under the linear rule from 0. Experts with weight 0 are not run; experts that are not
+        named have weight 0."""
     temperature: _builtins.float
-    """Temperature applied to this expert's logits before mixing, above 0. Absent: 1."""
+    """Temperature applied to this expert's logits before mixing, from 0.05 to 100. Absent: 1."""
     def __init__(
         self,
         *,
@@ -247,7 +248,7 @@ class Sampling(_message.Message):
     MIN_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy, then nothing below counts. Absent: 1."""
+    """From 0 to 100. Below 0.001 the text is greedy, then nothing below counts. Absent: 1."""
     top_k: _builtins.int
     """Keep the k most probable tokens, and those that tie with the last of them. 0 or absent: all tokens."""
     top_p: _builtins.float
