@@ -390,13 +390,13 @@ def test_a_worker_can_make_the_utility_for_itself(home: Path) -> None:
     from token_swarm_server.search.task import Goal, Judging, LocalExperts, Preparation, UtilityName
 
     from token_swarm.decoding.request import DecodeRequest
-    from token_swarm.mixing.shaping import Shaping
+    from token_swarm.mixing.sampling import Sampling
     from token_swarm.search.optimisers.space import Space
 
     settings = load_settings(home / "config.yaml")
     experts = LocalExperts.of(settings, {name: str(home / name) for name in SIZES})
     goal = Goal.load(UtilityName.REWARD, home / "prompts.jsonl", 3)
-    request = DecodeRequest(shaping=Shaping(temperature=0.0), max_bytes=2)
+    request = DecodeRequest(sampling=Sampling(temperature=0.0), max_bytes=2)
     judging = Judging(reward="tests.search.test_cli_search:length", request=request)
     space = Space(tuple(SIZES))
     preparation = Preparation(experts, (goal,), judging, space, 0.0)

@@ -16,7 +16,7 @@ from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadParameter
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.data import PromptExample, save_jsonl
 from token_swarm.search.evaluators import SerialEvaluator
@@ -24,7 +24,7 @@ from token_swarm.search.optimisers.space import Space
 from token_swarm.search.run.run import Search, SearchConfig
 from token_swarm.search.utility import UtilityUnavailable
 
-REQUEST = DecodeRequest(shaping=Shaping(temperature=0.9), seed=3, max_bytes=20, stop=(b"abba",))
+REQUEST = DecodeRequest(sampling=Sampling(temperature=0.9), seed=3, max_bytes=20, stop=(b"abba",))
 
 
 def count_a(prompt: str, text: str) -> float:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from token_swarm.errors import BadParameter
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.mixing.groups import Unit
-from token_swarm.mixing.shaping import Shaping
-from token_swarm.mixing.union_unit import DEFAULT_FLOOR
+from token_swarm.mixing.sampling import Sampling
 
 
 class FinishReason(enum.Enum):
@@ -29,12 +28,11 @@ class DecodeRequest:
 
     max_tokens counts the tokens of the expert that needs fewest, max_bytes the bytes of the text; the first limit
     reached ends it. Stop strings are matched on bytes and are not part of the text. epsilon and window: see
-    `token_swarm.mixing.byte_group`. union_floor: log-probability of a token that an expert lacks, in the union unit
-    under the log-linear rule. draft_tokens: most tokens that each expert forwards beyond what the text needs at that
-    point, see `token_swarm.decoding.drafts`; the text is the same.
+    `token_swarm.mixing.byte_group`. draft_tokens: most tokens that each expert forwards beyond what the text needs at
+    that point, see `token_swarm.decoding.drafts`; the text is the same.
     """
 
-    shaping: Shaping = field(default_factory=Shaping)
+    sampling: Sampling = field(default_factory=Sampling)
     unit: Unit = Unit.AUTO
     seed: int = 0
     max_bytes: int | None = None
@@ -42,7 +40,6 @@ class DecodeRequest:
     stop: tuple[bytes, ...] = ()
     epsilon: float = DEFAULT_EPSILON
     window: int | None = DEFAULT_WINDOW
-    union_floor: float = DEFAULT_FLOOR
     draft_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -57,8 +54,6 @@ class DecodeRequest:
             raise BadParameter("epsilon", self.epsilon, "a number in [0, 1)")
         if self.window is not None and self.window < 1:
             raise BadParameter("window", self.window, "an integer >= 1")
-        if not -math.inf < self.union_floor < 0:
-            raise BadParameter("union_floor", self.union_floor, "a finite number < 0 (nats)")
         if not 0 <= self.draft_tokens <= MOST_DRAFT_TOKENS:
             raise BadParameter("draft_tokens", self.draft_tokens, f"an integer in [0, {MOST_DRAFT_TOKENS}]")
         if not 0 <= self.seed < 2**64:

@@ -14,8 +14,7 @@ from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.mixing.byte_group import ByteGroup
 from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
 from token_swarm.mixing.groups import Group, Unit, as_shares
-from token_swarm.mixing.sampling import Sampler
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampler, Sampling
 from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
@@ -104,14 +103,14 @@ class ByteUnit:
         groups: Sequence[Group],
         tries: Mapping[str, ByteTrie],
         prompts: Mapping[str, EncodedPrompt],
-        shaping: Shaping,
+        sampling: Sampling,
         *,
         epsilon: float,
         window: int | None,
     ) -> None:
         self.groups: Sequence[Group] = tuple(groups)
         self.stopwatch = Stopwatch()
-        self._shaping = shaping
+        self._sampling = sampling
         self._makers: list[LawMaker] = []
         starts: list[ByteGroup] = []
         for group in self.groups:
@@ -148,7 +147,7 @@ class ByteUnit:
     def _law(self, group: int, rows: Sequence[Tensor], stopwatch: Stopwatch) -> ByteLaw:
         make, mixed = self._makers[group], self.groups[group]
         heat = mixed.only_temperature
-        if heat is not None and not self._shaping.changes_law and rows[0].device.type == "cpu":
+        if heat is not None and not self._sampling.changes_law and rows[0].device.type == "cpu":
             # Nothing to mix: what is left is a softmax, made where its masses are needed.
             with stopwatch.measure(Part.PREFIX_MASS):
                 mixed.check(rows)
@@ -159,7 +158,7 @@ class ByteUnit:
         with stopwatch.measure(Part.MIX):
             probabilities = mixed.token_law(rows)
             own = mixed.member_laws(rows) if len(rows) > 1 else []
-            shaped = self._shaping.apply(probabilities) if self._shaping.changes_law else None
+            shaped = self._sampling.apply(probabilities) if self._sampling.changes_law else None
         with stopwatch.measure(Part.PREFIX_MASS):
             members = tuple(make(law) for law in own)
             if shaped is None:

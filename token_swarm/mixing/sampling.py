@@ -1,13 +1,75 @@
-"""Choosing the next symbol: greedy, drawn with one uniform a symbol (seeded), or following a script."""
+"""Sampling: its settings, and the choice of the next symbol by them.
+
+A symbol is the most probable one, drawn with one uniform (seeded), or the next one of a script.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from token_swarm import kernels
+from token_swarm.errors import BadParameter
 
 _BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token distribution is reshaped, in this order: temperature, min-p, top-k, top-p.
+
+    temperature 0 means greedy: the choice is the most probable one and the distribution itself is left alone.
+    top_k 0 and top_p 1 and min_p 0 switch a filter off. Tokens that tie with the last one kept are kept.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise BadParameter("temperature", self.temperature, "a finite number >= 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise BadParameter("top_k", self.top_k, "an integer >= 0 (0 keeps all)")
+        if not 0 < self.top_p <= 1:
+            raise BadParameter("top_p", self.top_p, "a number in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise BadParameter("min_p", self.min_p, "a number in [0, 1]")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable symbol is taken instead of a drawn one."""
+        return self.temperature == 0
+
+    @property
+    def changes_law(self) -> bool:
+        """Whether `apply` would return anything but its argument."""
+        return not self.greedy and (self.temperature, self.top_k, self.top_p, self.min_p) != (
+            1.0,
+            0,
+            1.0,
+            0.0,
+        )
+
+    def apply(self, probabilities: Tensor) -> Tensor:
+        """probabilities: [width], summing to 1. Returns a reshaped copy that sums to 1."""
+        if not self.changes_law:
+            return probabilities
+        return kernels.shape(
+            probabilities[None],
+            torch.tensor([self.temperature], dtype=torch.float64),
+            torch.tensor([self.top_k]),
+            torch.tensor([self.top_p], dtype=torch.float64),
+            torch.tensor([self.min_p], dtype=torch.float64),
+        )[0]
 
 
 class Sampler:

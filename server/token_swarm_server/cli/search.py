@@ -199,7 +199,7 @@ def _judging(
     judge_key: str | None,
 ) -> Judging:
     from token_swarm.decoding.request import DecodeRequest
-    from token_swarm.mixing.shaping import Shaping
+    from token_swarm.mixing.sampling import Sampling
     from token_swarm.search.utilities import NUMBER, JudgeSettings, Normalise
     from token_swarm_server.search.task import Judging
 
@@ -214,7 +214,7 @@ def _judging(
         reward=reward,
         judge=None if judge is None else JudgeSettings(judge, judge_model, key_variable=judge_key),
         request=DecodeRequest(
-            shaping=Shaping(temperature=temperature),
+            sampling=Sampling(temperature=temperature),
             max_bytes=max_bytes,
             stop=tuple(options.read_text("--stop", each).encode() for each in stop or ()),
         ),

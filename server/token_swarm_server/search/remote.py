@@ -87,17 +87,17 @@ def request_to_proto(prompt: str, mixture: Mixture, request: DecodeRequest, chat
     """
     if request.window != DEFAULT_WINDOW:
         raise BadParameter("window", request.window, f"{DEFAULT_WINDOW}: a server keeps to its own")
-    shaping = request.shaping
+    sampling = request.sampling
     return swarm_pb2.GenerateRequest(
         prompt=prompt,
         chat=chat,
         mixture=mixture_to_proto(mixture),
         unit=UNITS[request.unit],
         sampling=swarm_pb2.Sampling(
-            temperature=shaping.temperature,
-            top_k=shaping.top_k or None,
-            top_p=shaping.top_p,
-            min_p=shaping.min_p,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k or None,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
             seed=request.seed,
         ),
         max_bytes=request.max_bytes,
