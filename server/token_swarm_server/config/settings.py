@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from token_swarm.experts.vllm.options import check_options, parse_value
+from token_swarm.experts.registry import BACKENDS, DEFAULT_BACKEND, check_backend, parse_value
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
 from token_swarm_server.config.addresses import check_target, parse_listen
@@ -118,9 +118,10 @@ class ExpertSettings(BaseModel):
 
     model: Annotated[str, Field(min_length=1)] | None = None
     """Directory or Hugging Face id; `demo:smollm2`, `demo:qwen2.5-coder` and `demo:gemma3` are fetched when missing."""
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: str = DEFAULT_BACKEND
+    """`transformers`, `vllm`, or one that another distribution adds (docs/extending.md)."""
     engine: dict[str, Annotated[bool | int | float | str, BeforeValidator(_read_text)]] = Field(default_factory=dict)
-    """Engine arguments of the vllm backend; docs/vllm.md lists them."""
+    """Options of the backend's own; docs/vllm.md lists those of vllm."""
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -144,15 +145,19 @@ class ExpertSettings(BaseModel):
         """`prefill_chunk`, or its default."""
         return self.prefill_chunk or (_CHUNK_ON_CPU if self.device == "cpu" else _CHUNK_ELSEWHERE)
 
+    def backend_options(self) -> dict[str, Any]:
+        """What `load_expert` is told beside names and the model."""
+        return self.model_dump(include={"device", "dtype", "threads", "max_sequences", "max_context", "engine"})
+
     @model_validator(mode="after")
     def _startable_or_running(self) -> ExpertSettings:
         if self.model is None and self.address is None:
             raise ValueError("give model (to start the expert) or address (of one that runs)")
         if self.tls is not None and self.address is None:
             raise ValueError("tls: is for an expert with an address; one that is started here has a private socket")
-        if self.engine and self.backend != "vllm":
-            raise ValueError(f"engine: is for the vllm backend; backend is {self.backend}")
-        check_options(self.engine)
+        if self.python is None or BACKENDS.is_built_in(self.backend):
+            # Another interpreter may have backends that this one does not have; its own process says so.
+            check_backend(self.backend, self.engine)
         return self
 
 

@@ -11,7 +11,7 @@ from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadParameter, PromptTooLong
 from token_swarm.experts.contract import Expert
-from token_swarm.experts.transformers.expert import TransformersExpert
+from token_swarm.experts.registry import load_expert
 from token_swarm.search.data import Example
 from token_swarm.search.score_cache.cache import ExpertKey
 from token_swarm.search.utilities import Generations, PrefixSharing, local_generate
@@ -38,22 +38,18 @@ class LocalExperts:
                 )
         return cls(dict(models), dict(settings.experts), settings.cache.absolute())
 
-    def load(self, name: str, *, share: int = 1) -> TransformersExpert:
-        """One expert; `share`: how many use this machine's cores together. Raises ExpertLoadError."""
+    def load(self, name: str, *, share: int = 1) -> Expert:
+        """One expert on its backend; `share`: how many use this machine's cores together.
+
+        Raises ExpertLoadError, PluginError.
+        """
         from transformers.utils import logging
 
         # Who searches says what is loaded; a bar for each model would run through it.
         logging.disable_progress_bar()
         given = self.settings[name]
-        return TransformersExpert(
-            name,
-            self.models[name],
-            device=given.device,
-            dtype=given.dtype,
-            threads=given.threads or max(1, len(available_cores()) // share),
-            max_sequences=given.max_sequences,
-            max_context=given.max_context,
-        )
+        options = given.backend_options() | {"threads": given.threads or max(1, len(available_cores()) // share)}
+        return load_expert(given.backend, name, self.models[name], **options)
 
     def generations(self, request: DecodeRequest, keys: Mapping[str, ExpertKey]) -> Generations:
         """All of them, writing texts together. Raises ExpertLoadError."""

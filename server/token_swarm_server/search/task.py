@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from token_swarm.errors import BadParameter
-from token_swarm.experts.transformers.expert import TransformersExpert
+from token_swarm.experts.contract import Expert
 from token_swarm.search.data import LeftOutExample
 from token_swarm.search.evaluators import ProcessPoolEvaluator, RayEvaluator, Remade, SerialEvaluator
 from token_swarm.search.optimisers.space import Space
@@ -123,9 +123,9 @@ class Preparation:
                 cached = next(goal.utility.value for goal in self.goals if goal.utility in CACHED)
                 raise BadParameter("utility", cached, "one that writes text: a server's experts cannot read data")
             return experts.server.keys()
-        loaded: dict[str, TransformersExpert] = {}
+        loaded: dict[str, Expert] = {}
 
-        def expert(name: str) -> TransformersExpert:
+        def expert(name: str) -> Expert:
             if name not in loaded:
                 self.say(f"loading {name}")
                 loaded[name] = experts.load(name)
@@ -176,7 +176,7 @@ class Preparation:
     def _read(
         self,
         experts: LocalExperts,
-        expert: TransformersExpert,
+        expert: Expert,
         source: str,
         goal: Goal,
         passages: Sequence[Passage],
