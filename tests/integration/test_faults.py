@@ -167,7 +167,7 @@ def alone(name: str, prompt: str, begun: str) -> str:
         tokens = context + expert.tokenize(whole)
         encoded = EncodedPrompt(tokens, len(expert.spec.vocabulary.token_bytes[tokens[-1]] or b""))
     unit = local.ensemble.byte_unit(local.ensemble.groups(mixture), request, {name: encoded})
-    return "".join(local.stream(Decoder(unit, request, allocate=local.allocate)))
+    return "".join(local.pieces(Decoder(unit, request, allocate=local.allocate)))
 
 
 def poisoned(result: StepResult) -> StepResult:

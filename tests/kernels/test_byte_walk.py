@@ -32,7 +32,7 @@ def decode(
 ) -> Decoder:
     unit = byte_unit(local, mixture, "ab", request, kind=kind)
     decoder = Decoder(unit, request, allocate=local.allocate, forced=forced)
-    list(local.stream(decoder))
+    list(local.pieces(decoder))
     return decoder
 
 

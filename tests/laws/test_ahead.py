@@ -48,7 +48,7 @@ def step(local: LocalEnsemble, decoder: Decoder, order: list[str]) -> tuple[dict
 def test_the_text_is_the_same(local: LocalEnsemble, order: list[str], unit: Unit, sampling: Sampling) -> None:
     request = DecodeRequest(sampling=sampling, seed=3, max_bytes=60, unit=unit)
     plain = local.decoder("cab", MIXTURE, request)
-    "".join(local.stream(plain))
+    "".join(local.pieces(plain))
     decoder, ahead = local.decoder("cab", MIXTURE, request), set[str]()
     while not decoder.finished:
         outcomes, worked = step(local, decoder, order)

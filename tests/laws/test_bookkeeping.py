@@ -122,7 +122,7 @@ def test_no_kv_is_left_behind() -> None:
     local = LocalEnsemble(experts)
     for seed in range(5):
         decoder = local.decoder("ab", Mixture({"e0": 0.5, "e1": 0.5}), DecodeRequest(seed=seed, max_bytes=20))
-        list(local.stream(decoder))
+        list(local.pieces(decoder))
         assert all(not expert._held for expert in experts.values())  # type: ignore[attr-defined]
 
 

@@ -233,7 +233,7 @@ def test_real_experts_write_one_text(real_local: LocalEnsemble, rule: Rule) -> N
     unit = real_local.ensemble.unit(mixture, request, prompts)
     assert isinstance(unit, UnionUnit)
     decoder = Decoder(unit, request, allocate=real_local.allocate)
-    shown = "".join(real_local.stream(decoder))
+    shown = "".join(real_local.pieces(decoder))
     assert decoder.finish.reason is FinishReason.MAX_TOKENS
     assert shown.encode() == decoder.text
     assert len(shown.split()) >= 4
