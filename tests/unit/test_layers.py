@@ -33,7 +33,7 @@ LAYERS = (
     ("token_swarm.kernels",),
     ("token_swarm.vocabulary", "token_swarm.particle"),
     ("token_swarm.plugins",),
-    ("token_swarm.errors", "token_swarm.files"),
+    ("token_swarm.errors", "token_swarm.files", "token_swarm.cores"),
     # Generated; only the server speaks it.
     ("token_swarm.v1",),
     ("token_swarm",),

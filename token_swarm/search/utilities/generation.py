@@ -22,6 +22,7 @@ from token_swarm.files import replacing
 from token_swarm.mixing.union_unit import DEFAULT_FLOOR
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.data import AnswerExample, Example, PatternExample
+from token_swarm.search.utilities.kind import WrittenKind
 from token_swarm.search.utility import Scores, as_items
 
 Generate: TypeAlias = Callable[[str, Mixture, DecodeRequest, bool], str]
@@ -242,3 +243,11 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+EXACT_MATCH = WrittenKind(
+    AnswerExample,
+    lambda examples, texts, judging: ExactMatch(examples, texts, extract=judging.extract, numeric=judging.numeric),
+    percent=True,
+)
+REGEX = WrittenKind(PatternExample, lambda examples, texts, _: Regex(examples, texts), percent=True)
