@@ -49,7 +49,7 @@ def assert_alike(left: Finish, right: Finish) -> None:
 
 @given(
     names=st.lists(st.sampled_from(sorted(VOCABULARIES)), min_size=1, max_size=4),
-    rule=st.sampled_from(Rule),
+    rule=st.sampled_from(list(Rule)),
     seed=st.integers(0, 2**32),
     epsilon=st.sampled_from([0.0, 0.01, 0.1, 0.4]),
     window=st.sampled_from([1, 2, 8]),

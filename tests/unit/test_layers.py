@@ -32,6 +32,7 @@ LAYERS = (
     ("token_swarm.experts",),
     ("token_swarm.kernels",),
     ("token_swarm.vocabulary", "token_swarm.particle"),
+    ("token_swarm.rules",),
     ("token_swarm.plugins",),
     ("token_swarm.errors", "token_swarm.files", "token_swarm.cores"),
     # Generated; only the server speaks it.

@@ -82,7 +82,8 @@ class Ensemble:
         """The byte unit over any groups, even a single one, whose marginal byte law it then is."""
         # Epsilon 0 asks for the exact law, which gives nothing up.
         window = request.window if request.epsilon > 0 else None
-        return byte_unit_type()(groups, self.tries, prompts, request.sampling, epsilon=request.epsilon, window=window)
+        kind = byte_unit_type(groups[0].rule)
+        return kind(groups, self.tries, prompts, request.sampling, epsilon=request.epsilon, window=window)
 
     def union_unit(
         self, rows: tuple[Group, ...], request: DecodeRequest, prompts: Mapping[str, EncodedPrompt]
@@ -97,4 +98,4 @@ class Ensemble:
 
     def score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> ByteUnit:
         """A byte unit that follows the heads it is fed: none is ever due, a cold one is given up after one byte."""
-        return byte_unit_type()(groups, self.tries, prompts, Sampling(), epsilon=1.0, window=1)
+        return byte_unit_type(groups[0].rule)(groups, self.tries, prompts, Sampling(), epsilon=1.0, window=1)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from token_swarm.errors import BadLogits
@@ -225,13 +226,20 @@ class ByteUnit:
 def mix_bytes(laws: Sequence[Array], weights: Sequence[float], rule: Rule) -> Array:
     """Mix byte laws ([257] each) of groups; a law of zeros belongs to a lost group and is left out.
 
-    linear: sum_g W_g P_g; log-linear: proportional to prod_g P_g^W_g. A symbol that a group with negative weight
-    excludes is excluded, as one that a group with positive weight excludes: 0 to a negative power is no law.
+    linear: sum_g W_g P_g; log-linear: proportional to prod_g P_g^W_g; any other rule: its `combine`. Under log-linear a
+    symbol that a group with negative weight excludes is excluded, as one that a group with positive weight excludes: 0
+    to a negative power is no law.
     """
     living = [(law, weight) for law, weight in zip(laws, weights, strict=True) if law.any() and weight != 0]
     if not living:
         return np.zeros(SYMBOLS)
-    if rule is Rule.LINEAR:
+    if not rule.has_kernel:
+        logs = torch.from_numpy(np.stack([law for law, _ in living])).log()
+        joint = rule.combine(logs, torch.tensor([weight for _, weight in living], dtype=torch.float64)).numpy()
+        if not (joint > -np.inf).any():
+            return np.zeros(SYMBOLS)
+        mixed = np.exp(joint - joint.max())
+    elif rule is Rule.LINEAR:
         mixed = np.sum([weight * law for law, weight in living], axis=0)
     else:
         possible = np.all([law > 0 for law, _ in living], axis=0)

@@ -55,7 +55,9 @@ def search(
     particles: Annotated[
         Path | None, typer.Option(help="Also write the particle into this folder, for a server.", metavar="DIR")
     ] = None,
-    rule: options.RuleOption = None,
+    rule: Annotated[
+        str | None, typer.Option(help="linear, log-linear, or one of another distribution.", metavar="NAME")
+    ] = None,
     temperatures: Annotated[bool, typer.Option("--temperatures", help="Also learn a temperature per expert.")] = False,
     optimiser: Annotated[
         str, typer.Option(help="swarm, model-swarms, cma, nelder-mead, differential-evolution or random.")
@@ -118,7 +120,6 @@ def search(
     `token-swarm examples` writes examples/.
     """
     with _told():
-        from token_swarm.particle import Rule
         from token_swarm.search.optimisers.space import Space
         from token_swarm.search.report.measure import Measure
         from token_swarm.search.run.task import Preparation
@@ -140,7 +141,7 @@ def search(
         measure = Measure.of(goals[0].utility if len(goals) == 1 else "harmonic")
         with Display(session.stderr_console(), measure, iterations) as display:
             experts, names, default_rule = _remote(address, credentials, workers) if address else _local(config)
-            space = Space(names, Rule(rule.value) if rule else default_rule, temperatures)
+            space = Space(names, _rule(rule) if rule else default_rule, temperatures)
             check_optimisers(chosen, reference or (), space)
             preparation = Preparation(
                 experts, goals, space, judging, test, display.reading, display.say, int(rows_limit * 1e9)
@@ -176,6 +177,15 @@ def _told() -> Iterator[None]:
     except KeyboardInterrupt:
         session.stderr_console().print("stopped; the same command goes on from the last checkpoint", highlight=False)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _rule(name: str) -> Rule:
+    """Raises BadParameter, and PluginError for one of another distribution."""
+    from token_swarm.rules import RULES, Rule
+
+    if name not in RULES.names():
+        raise BadParameter("--rule", name, f"one of {', '.join(RULES.names())}")
+    return Rule(name)
 
 
 def _goals(utilities: list[str], files: list[Path], limit: int | None) -> tuple[Goal, ...]:

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from token_swarm.experts.registry import BACKENDS, DEFAULT_BACKEND, check_backend, parse_value
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
+from token_swarm.rules import RULES
 from token_swarm_server.config.addresses import check_target, parse_listen
 from token_swarm_server.config.places import default_cache
 
@@ -48,6 +49,12 @@ def _listen_tcp(value: str) -> str:
 def _read_text(value: object) -> object:
     """The environment has nothing but text."""
     return parse_value(value) if isinstance(value, str) else value
+
+
+def _rule_name(value: str) -> str:
+    if value not in RULES.names():
+        raise ValueError(f"must be one of {', '.join(map(repr, RULES.names()))}")
+    return value
 
 
 def _otlp_endpoint(value: str) -> str:
@@ -207,7 +214,8 @@ class CoordinatorSettings(BaseModel):
     """Listen where other machines can reach the server, even without encryption or without knowing who calls."""
     particles: Path | None = None
     """Folder of particle JSON files that requests may name."""
-    rule: Literal["linear", "log-linear"] = "log-linear"
+    rule: Annotated[str, AfterValidator(_rule_name)] = "log-linear"
+    """`linear`, `log-linear`, or one that another distribution adds (docs/extending.md)."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Mixture of a request that names none; empty: uniform over all experts."""
     epsilon: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_EPSILON

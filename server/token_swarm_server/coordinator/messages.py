@@ -44,12 +44,12 @@ def mixture_from_proto(message: swarm_pb2.Mixture, default_rule: Rule) -> Mixtur
 
 
 def mixture_to_proto(mixture: Mixture) -> swarm_pb2.Mixture:
-    """A mixture as a message."""
+    """A mixture as a message. A rule that is not built in is left open: messages have no name for it."""
     weights = [
         swarm_pb2.ExpertWeight(expert=name, weight=weight, temperature=mixture.temperatures.get(name))
         for name, weight in mixture.weights.items()
     ]
-    return swarm_pb2.Mixture(rule=RULES[mixture.rule], weights=weights)
+    return swarm_pb2.Mixture(rule=RULES.get(mixture.rule, swarm_pb2.RULE_UNSPECIFIED), weights=weights)
 
 
 def request_from_proto(

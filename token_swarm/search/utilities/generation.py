@@ -20,7 +20,7 @@ from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadParameter
 from token_swarm.files import replacing
 from token_swarm.mixing.union_unit import DEFAULT_FLOOR
-from token_swarm.particle import Mixture, Rule
+from token_swarm.particle import Mixture
 from token_swarm.search.data import AnswerExample, Example, PatternExample
 from token_swarm.search.utilities.kind import WrittenKind
 from token_swarm.search.utility import Scores, as_items
@@ -87,7 +87,7 @@ class Generations:
 
     def _key(self, example: Example, mixture: Mixture) -> str:
         active = mixture.active
-        total = sum(active.values()) if mixture.rule is Rule.LINEAR else 1.0
+        total = sum(active.values()) if mixture.rule.normalised else 1.0
         document = [
             example.prompt,
             example.chat,
