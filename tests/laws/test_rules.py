@@ -91,7 +91,7 @@ def test_its_own_law_is_between_the_built_in_ones() -> None:
         for rule in (Rule.LINEAR, Rule("root"), Rule.LOG_LINEAR)
     )
     assert len({round(each, 9) for each in (linear, root, log_linear)}) == 3
-    with pytest.raises(BadParameter, match="a number >= 0 under the root rule"):
+    with pytest.raises(BadParameter, match="under the root rule"):
         Mixture({"e0": -1.0}, Rule("root"))
 
 
