@@ -26,8 +26,7 @@ from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.mixing.groups import make_groups
 from token_swarm.mixing.native_unit import NativeByteUnit
-from token_swarm.mixing.sampling import Sampler
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampler, Sampling
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.particle import Mixture, Rule
 
@@ -66,7 +65,7 @@ class Scene:
         """A byte unit at the start of the text; the prompt is one token that is taken for granted."""
         groups = make_groups(self.specs, Mixture(dict.fromkeys(self.specs, 0.5), rule))
         prompts = {name: EncodedPrompt((0,), 0) for name in self.specs}
-        return kind(groups, self.tries, prompts, Shaping(), epsilon=DEFAULT_EPSILON, window=DEFAULT_WINDOW)
+        return kind(groups, self.tries, prompts, Sampling(), epsilon=DEFAULT_EPSILON, window=DEFAULT_WINDOW)
 
     def feed(self, unit: ByteUnit) -> int:
         """Give every due head its law; returns the number of forwards that would have been."""

@@ -31,11 +31,11 @@ from token_swarm_server.benchmark.load import Load
 from token_swarm_server.benchmark.plan import ENSEMBLE, Plan
 from token_swarm_server.benchmark.statistics import Spread
 from token_swarm_server.benchmark.tables import Table
-from token_swarm_server.config.cores import available_cores
 
 from bench.common import DEMO_EXPERTS, give, show
 from bench.recorded_swarm import Swarm
 from bench.rivals.child import Child, ChildError
+from token_swarm.cores import available_cores
 from token_swarm.v1 import swarm_pb2
 
 GENLM_PYTHON = Path(".venv-genlm/bin/python")

@@ -41,6 +41,14 @@ class FailedPrecondition(RuntimeError):
     """Well-formed, but not against this state: such as a particle tuned for another vocabulary."""
 
 
+class PluginError(FailedPrecondition):
+    """An entry point of another distribution that cannot be used. The message is one line."""
+
+    def __init__(self, group: str, entry: str, problem: str) -> None:
+        """entry: as the distribution wrote it, `name = module:attribute`."""
+        super().__init__(f"entry point {entry} of {group}: {problem}")
+
+
 class FingerprintMismatch(FailedPrecondition):
     """A particle that was learned for another expert than the running one of the same name."""
 

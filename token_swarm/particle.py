@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,17 +11,11 @@ from typing import Any
 from token_swarm import ranges
 from token_swarm.errors import BadParameter, FingerprintMismatch, UnknownName
 from token_swarm.files import replacing
+from token_swarm.rules import RULES, Rule
+
+__all__ = ["SCHEMA_VERSION", "Mixture", "Particle", "Rule"]
 
 SCHEMA_VERSION = 1
-
-
-class Rule(enum.Enum):
-    """How distributions are combined."""
-
-    LINEAR = "linear"
-    """Weighted arithmetic mean; weights are non-negative and are divided by their sum."""
-    LOG_LINEAR = "log-linear"
-    """Weighted product of experts; weights may be negative and are used as given."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +35,8 @@ class Mixture:
             raise BadParameter("weights", "{}", "at least one expert=weight")
         for name, weight in self.weights.items():
             ranges.WEIGHT.require(weight, f"weights[{name}]")
-            if self.rule is Rule.LINEAR and weight not in ranges.LINEAR_WEIGHT:
-                allowed = f"{ranges.LINEAR_WEIGHT.allowed} under the linear rule (log-linear takes any sign)"
+            if self.rule.normalised and weight not in ranges.LINEAR_WEIGHT:
+                allowed = f"{ranges.LINEAR_WEIGHT.allowed} under the {self.rule.value} rule (log-linear takes any sign)"
                 raise BadParameter(f"weights[{name}]", weight, allowed)
         if not any(self.weights.values()):
             raise BadParameter("weights", dict(self.weights), "at least one weight that is not 0")
@@ -134,9 +127,8 @@ class Particle:
         name = document.get("name")
         if not isinstance(name, str) or not name:
             raise BadParameter(f"{source}: name", name, "a non-empty string")
-        rules = [rule.value for rule in Rule]
-        if document.get("rule") not in rules:
-            raise BadParameter(f"{source}: rule", document.get("rule"), f"one of {rules}")
+        if document.get("rule") not in RULES.names():
+            raise BadParameter(f"{source}: rule", document.get("rule"), f"one of {list(RULES.names())}")
         mixture = Mixture(
             weights=_numbers(document, "weights", source),
             rule=Rule(document["rule"]),

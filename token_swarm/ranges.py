@@ -107,17 +107,13 @@ SECONDS = Range(
     "coordinator.max_seconds", 0, 31_536_000, "seconds that a request may take, whatever deadline its call has",
     "none: there always is a limit", low_open=True,
 )  # fmt: skip
-UNION_FLOOR = Range(
-    "union_floor", -1000, 0, "log-probability of a token that an expert lacks, nats; only in the library",
-    "none: a token that is lacking is never free", high_open=True,
-)  # fmt: skip
 
 REQUEST = (
     WEIGHT, LINEAR_WEIGHT, EXPERT_TEMPERATURE, TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED, MAX_BYTES, MAX_TOKENS, EPSILON,
     DRAFT_TOKENS,
 )  # fmt: skip
 """What a caller of the server may set."""
-ELSEWHERE = (WINDOW, SECONDS, UNION_FLOOR)
+ELSEWHERE = (WINDOW, SECONDS)
 """What bounds a request and is set by the server's configuration or by a user of the library."""
 
 

@@ -22,7 +22,7 @@ from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.contract import StepResult
 from token_swarm.experts.toy import ToyExpert
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm.vocabulary import Vocabulary
@@ -173,5 +173,5 @@ async def until(condition: Callable[[], bool]) -> None:
 def undisturbed(prompt: str, max_bytes: int = 120) -> str:
     toys = {name: ToyExpert(name, ENDLESS[name], **LIKE_A_MODEL, seed=i + 1) for i, name in enumerate(ENDLESS)}
     local = LocalEnsemble(toys)
-    request = DecodeRequest(shaping=Shaping(temperature=0.0), max_bytes=max_bytes)
+    request = DecodeRequest(sampling=Sampling(temperature=0.0), max_bytes=max_bytes)
     return local.generate(prompt, Mixture({"e0": 0.5, "e1": 0.5}), request)[0]

@@ -17,7 +17,7 @@ from tests.integration.test_coordinator import Running
 from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 
@@ -54,7 +54,7 @@ def text_of_one_process() -> str:
     text, _ = LocalEnsemble(toys([NESTED, LONG], max_context=200)).generate(
         "cab",
         Mixture({"e0": 0.5, "e1": 0.5}, Rule.LOG_LINEAR),
-        DecodeRequest(shaping=Shaping(1.0), seed=1, max_bytes=12, epsilon=0.1),
+        DecodeRequest(sampling=Sampling(1.0), seed=1, max_bytes=12, epsilon=0.1),
     )
     return text
 

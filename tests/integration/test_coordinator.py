@@ -30,7 +30,7 @@ from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.toy import ToyExpert
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Particle, Rule
 from token_swarm.v1 import expert_pb2, swarm_pb2, swarm_pb2_grpc
 from token_swarm.vocabulary import Vocabulary
@@ -133,7 +133,7 @@ async def test_the_stream_is_what_one_process_would_generate(tmp_path: Path, rul
             )
             text, finish = await collect(running.stub.Generate(request))
             local = LocalEnsemble(toys([NESTED, LONG], max_context=200))
-            decode = DecodeRequest(shaping=Shaping(0.9), seed=seed, max_bytes=60, stop=(b"abba",), draft_tokens=4)
+            decode = DecodeRequest(sampling=Sampling(0.9), seed=seed, max_bytes=60, stop=(b"abba",), draft_tokens=4)
             expected, own = local.generate("cab", Mixture(weights, rule), decode)
             assert text == expected
             assert finish.bytes == len(text.encode()) == own.length

@@ -25,7 +25,7 @@ from token_swarm.decoding.request import DecodeRequest
 from token_swarm.decoding.score import scored_text
 from token_swarm.experts.contract import EncodedPrompt, StepResult
 from token_swarm.experts.toy import ToyExpert
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture
 from token_swarm.v1 import swarm_pb2
 
@@ -159,7 +159,7 @@ def alone(name: str, prompt: str, begun: str) -> str:
     """What one expert writes greedily, byte by byte, after a prompt and the text so far."""
     expert = ToyExpert(name, ENDLESS[name], **LIKE_A_MODEL, seed=list(ENDLESS).index(name) + 1)
     local = LocalEnsemble({name: expert})
-    request = DecodeRequest(shaping=Shaping(temperature=0.0), max_bytes=120 - len(begun))
+    request = DecodeRequest(sampling=Sampling(temperature=0.0), max_bytes=120 - len(begun))
     mixture = Mixture({name: 1.0})
     encoded = expert.encode(prompt)
     if begun:
@@ -167,7 +167,7 @@ def alone(name: str, prompt: str, begun: str) -> str:
         tokens = context + expert.tokenize(whole)
         encoded = EncodedPrompt(tokens, len(expert.spec.vocabulary.token_bytes[tokens[-1]] or b""))
     unit = local.ensemble.byte_unit(local.ensemble.groups(mixture), request, {name: encoded})
-    return "".join(local.stream(Decoder(unit, request, allocate=local.allocate)))
+    return "".join(local.pieces(Decoder(unit, request, allocate=local.allocate)))
 
 
 def poisoned(result: StepResult) -> StepResult:

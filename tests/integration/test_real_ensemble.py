@@ -16,7 +16,7 @@ from token_swarm.experts.contract import Close, Open
 from token_swarm.experts.transformers.expert import TransformersExpert
 from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.groups import Unit
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 
 pytestmark = pytest.mark.real_experts
@@ -26,7 +26,7 @@ UNIFORM = Mixture(dict.fromkeys(NAMES, 0.5), Rule.LOG_LINEAR)
 DATA = Path(__file__).parents[1] / "data"
 TEXT = (DATA / "prose.txt").read_text(encoding="utf-8")
 CODE = (DATA / "module.py.txt").read_text(encoding="utf-8")
-GREEDY = Shaping(temperature=0.0)
+GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_one_hot_is_generate(
     """Law 3 on real models: byte-identical to transformers' own greedy generate."""
     prompt, limit = "The history of the printing press begins in", 60
     mixture = Mixture({other: float(other == name) for other in NAMES})
-    text, finish = local.generate(prompt, mixture, DecodeRequest(shaping=GREEDY, unit=unit, max_tokens=limit))
+    text, finish = local.generate(prompt, mixture, DecodeRequest(sampling=GREEDY, unit=unit, max_tokens=limit))
     spec, numbering = local.ensemble.specs[name], real_expert(name).numbering
     tokens = torch.tensor([numbering.to_model(local.encode(mixture, prompt)[name].tokens)])
     expected = plain_model(name).generate(
@@ -110,6 +110,6 @@ def test_total_variation_is_within_the_certificate(local: LocalEnsemble) -> None
 
 
 def test_a_prompt_that_ends_inside_a_word_is_continued(local: LocalEnsemble) -> None:
-    text, finish = local.generate("Paris is the capital of Fra", UNIFORM, DecodeRequest(shaping=GREEDY, max_bytes=3))
+    text, finish = local.generate("Paris is the capital of Fra", UNIFORM, DecodeRequest(sampling=GREEDY, max_bytes=3))
     assert text == "nce"
     assert finish.reason is FinishReason.MAX_BYTES

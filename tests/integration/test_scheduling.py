@@ -18,7 +18,6 @@ import pytest
 import torch
 from token_swarm_server.coordinator.loop import MOST_CHUNKS, SHORT, ExpertScheduler
 from token_swarm_server.coordinator.mixing_pool import MixingPool, Pause
-from token_swarm_server.expert_protocol.messages import row_count
 from token_swarm_server.rpc.errors import ExpertUnavailable, TransportError
 from token_swarm_server.telemetry.counts import Counts
 from token_swarm_server.telemetry.observer import Observer
@@ -27,6 +26,7 @@ from tests.integration.expert_serving import VOCABULARY, Watched, connected, eve
 from tests.laws.ensembles import LONG
 from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import Close, Extend, Fork, Open, OpErrorKind, Rows, StepResult, Truncate
+from token_swarm.experts.ops import row_count
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.v1 import expert_pb2
 

@@ -24,7 +24,7 @@ from token_swarm import ranges
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.toy import ToyExpert
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 from token_swarm.v1 import swarm_pb2
 
@@ -113,7 +113,7 @@ ACCEPTED = [
 @pytest.mark.parametrize("mixture", ACCEPTED, ids=repr)
 async def test_accepted_mixtures_give_what_the_definition_gives(running: Swarm, mixture: Mixture) -> None:
     text, _ = await running.text("ab", mixture=mixed(mixture), max_bytes=40)
-    request = DecodeRequest(shaping=Shaping(temperature=0.0), max_bytes=40)
+    request = DecodeRequest(sampling=Sampling(temperature=0.0), max_bytes=40)
     assert text == local().generate("ab", mixture, request)[0]
     asked = swarm_pb2.ScoreRequest(prompt="ab", text="abcab", mixture=mixed(mixture), per_byte=True)
     score = await running.stub.Score(asked, timeout=20)

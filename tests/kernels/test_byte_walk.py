@@ -16,7 +16,7 @@ from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.kernels import native
 from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.native_unit import NativeByteUnit, byte_unit_type
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary
 
@@ -32,7 +32,7 @@ def decode(
 ) -> Decoder:
     unit = byte_unit(local, mixture, "ab", request, kind=kind)
     decoder = Decoder(unit, request, allocate=local.allocate, forced=forced)
-    list(local.stream(decoder))
+    list(local.pieces(decoder))
     return decoder
 
 
@@ -49,17 +49,17 @@ def assert_alike(left: Finish, right: Finish) -> None:
 
 @given(
     names=st.lists(st.sampled_from(sorted(VOCABULARIES)), min_size=1, max_size=4),
-    rule=st.sampled_from(Rule),
+    rule=st.sampled_from(list(Rule)),
     seed=st.integers(0, 2**32),
     epsilon=st.sampled_from([0.0, 0.01, 0.1, 0.4]),
     window=st.sampled_from([1, 2, 8]),
-    shaping=st.sampled_from(
+    sampling=st.sampled_from(
         [
-            Shaping(temperature=0.0),
-            Shaping(),
-            Shaping(temperature=0.6, top_k=2),
-            Shaping(top_p=0.5),
-            Shaping(temperature=2.0, min_p=0.4),
+            Sampling(temperature=0.0),
+            Sampling(),
+            Sampling(temperature=0.6, top_k=2),
+            Sampling(top_p=0.5),
+            Sampling(temperature=2.0, min_p=0.4),
         ]
     ),
     forced=st.one_of(st.none(), st.text(alphabet="abc", min_size=1, max_size=30)),
@@ -72,7 +72,7 @@ def assert_alike(left: Finish, right: Finish) -> None:
     seed=0,
     epsilon=0.1,
     window=1,
-    shaping=Shaping(temperature=2.0, min_p=0.4),
+    sampling=Sampling(temperature=2.0, min_p=0.4),
     forced="aaa",
     weights=[1.0, 1.0, 1.0, 1.0],
     negative=False,
@@ -84,7 +84,7 @@ def test_both_write_the_same_text(
     seed: int,
     epsilon: float,
     window: int,
-    shaping: Shaping,
+    sampling: Sampling,
     forced: str | None,
     weights: list[float],
     negative: bool,
@@ -95,7 +95,7 @@ def test_both_write_the_same_text(
     if negative and rule is Rule.LOG_LINEAR and len(own) > 1:
         own["e1"] *= -0.5
     most = 6 if epsilon == 0 else 30
-    request = DecodeRequest(shaping=shaping, seed=seed, max_bytes=most, epsilon=epsilon, window=window)
+    request = DecodeRequest(sampling=sampling, seed=seed, max_bytes=most, epsilon=epsilon, window=window)
     script = None if forced is None else forced.encode()
     ours, python = (decode(local, Mixture(own, rule), request, kind, script) for kind in (NativeByteUnit, ByteUnit))
     assert ours.text == python.text
@@ -110,7 +110,7 @@ def test_every_instruction_set_walks_alike(level: str, rule: Rule, sharpness: fl
     """Logarithms and powers are computed in another way for AVX-512; with sharp laws they are of tiny numbers."""
     local = LocalEnsemble(toys([VOCABULARIES["nested"], VOCABULARIES["long"]], sharpness=sharpness))
     mixture = Mixture({"e0": 0.7, "e1": 0.6}, rule)
-    request = DecodeRequest(shaping=Shaping(), seed=5, max_bytes=40)
+    request = DecodeRequest(sampling=Sampling(), seed=5, max_bytes=40)
     python = decode(local, mixture, request, ByteUnit, b"abcbacabbc" * 4)
     try:
         native.instruction_set(at_most=level)
@@ -141,7 +141,7 @@ def test_members_of_a_group_share_alike(rule: Rule) -> None:
 @pytest.mark.parametrize("limit", [1, 3, 7])
 def test_max_tokens_ends_both_at_the_same_byte(limit: int) -> None:
     local = LocalEnsemble(toys([VOCABULARIES["nested"], VOCABULARIES["long"]]))
-    request = DecodeRequest(shaping=Shaping(temperature=0.0), max_tokens=limit, max_bytes=60)
+    request = DecodeRequest(sampling=Sampling(temperature=0.0), max_tokens=limit, max_bytes=60)
     mixture = Mixture({"e0": 0.5, "e1": 0.5})
     ours, python = (decode(local, mixture, request, kind, None) for kind in (NativeByteUnit, ByteUnit))
     assert ours.text == python.text

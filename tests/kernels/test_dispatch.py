@@ -23,7 +23,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     seed=st.integers(0, 2**31),
     experts=st.integers(1, 4),
     width=st.integers(2, 3000),
-    rule=st.sampled_from(Rule),
+    rule=st.sampled_from(list(Rule)),
     dtype=st.sampled_from(DTYPES),
     spread=st.sampled_from([0.0, 1.0, 30.0]),
 )

@@ -12,7 +12,7 @@ from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.contract import Expert
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.mixing.byte_unit import ByteUnit
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture
 from token_swarm.vocabulary import Vocabulary
 
@@ -53,7 +53,7 @@ def byte_unit(
         return local.ensemble.byte_unit(groups, request, prompts)
     window = request.window if request.epsilon > 0 else None
     return kind(
-        groups, local.ensemble.tries, prompts, request.shaping, epsilon=request.epsilon, window=window
+        groups, local.ensemble.tries, prompts, request.sampling, epsilon=request.epsilon, window=window
     )
 
 
@@ -72,7 +72,7 @@ def words(alphabet: str, length: int) -> list[bytes]:
     return ["".join(w).encode() for n in range(length + 1) for w in itertools.product(alphabet, repeat=n)]
 
 
-GREEDY = Shaping(temperature=0.0)
+GREEDY = Sampling(temperature=0.0)
 
 
 def total_variation(left: np.ndarray, right: np.ndarray) -> float:

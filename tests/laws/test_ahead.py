@@ -16,7 +16,7 @@ from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadLogits
 from token_swarm.experts.contract import OpError, OpErrorKind
 from token_swarm.mixing.groups import Unit
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.mixing.stopwatch import Stopwatch
 from token_swarm.particle import Mixture, Rule
 
@@ -44,11 +44,11 @@ def step(local: LocalEnsemble, decoder: Decoder, order: list[str]) -> tuple[dict
 
 @pytest.mark.parametrize("order", [["e0", "e1", "e2"], ["e2", "e1", "e0"], ["e1", "e0", "e2"]])
 @pytest.mark.parametrize("unit", [Unit.BYTE, Unit.UNION])
-@pytest.mark.parametrize("shaping", [GREEDY, Shaping(temperature=0.8, top_k=5)], ids=["greedy", "drawn"])
-def test_the_text_is_the_same(local: LocalEnsemble, order: list[str], unit: Unit, shaping: Shaping) -> None:
-    request = DecodeRequest(shaping=shaping, seed=3, max_bytes=60, unit=unit)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_k=5)], ids=["greedy", "drawn"])
+def test_the_text_is_the_same(local: LocalEnsemble, order: list[str], unit: Unit, sampling: Sampling) -> None:
+    request = DecodeRequest(sampling=sampling, seed=3, max_bytes=60, unit=unit)
     plain = local.decoder("cab", MIXTURE, request)
-    "".join(local.stream(plain))
+    "".join(local.pieces(plain))
     decoder, ahead = local.decoder("cab", MIXTURE, request), set[str]()
     while not decoder.finished:
         outcomes, worked = step(local, decoder, order)
@@ -72,7 +72,7 @@ def damage(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[list[Out
 def test_rows_that_are_no_law_are_met_by_resume(
     local: LocalEnsemble, wrong: Callable[[list[Outcome]], list[Outcome]]
 ) -> None:
-    request = DecodeRequest(shaping=GREEDY, max_bytes=30)
+    request = DecodeRequest(sampling=GREEDY, max_bytes=30)
     decoder = local.decoder("cab", MIXTURE, request)
     calls = decoder.calls()
     outcomes = local.run(calls)
@@ -91,14 +91,14 @@ def test_rows_that_are_no_law_are_met_by_resume(
 
 
 def test_a_refusal_is_left_to_resume(local: LocalEnsemble) -> None:
-    decoder = local.decoder("cab", MIXTURE, DecodeRequest(shaping=GREEDY, max_bytes=30))
+    decoder = local.decoder("cab", MIXTURE, DecodeRequest(sampling=GREEDY, max_bytes=30))
     outcomes = local.run(decoder.calls())
     refused = OpError(OpErrorKind.UNKNOWN_SEQUENCE, "no such sequence")
     assert decoder.ahead("e0", [*outcomes["e0"][:-1], refused], Stopwatch()) is None
 
 
 def test_a_slower_expert_that_is_lost_leaves_what_was_made(local: LocalEnsemble) -> None:
-    request = DecodeRequest(shaping=GREEDY, max_bytes=30)
+    request = DecodeRequest(sampling=GREEDY, max_bytes=30)
     decoder = local.decoder("cab", MIXTURE, request)
     outcomes = local.run(decoder.calls())
     work = decoder.ahead("e0", outcomes["e0"], Stopwatch())

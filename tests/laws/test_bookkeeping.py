@@ -18,7 +18,7 @@ from token_swarm.experts.contract import Op, OpError, OpErrorKind, StepResult
 from token_swarm.experts.toy import ToyExpert
 from token_swarm.mixing.byte_group import ByteGroup
 from token_swarm.mixing.byte_unit import ByteUnit
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary
 
@@ -108,7 +108,7 @@ class Forgetful(ToyExpert):
 
 @pytest.mark.parametrize("rule", list(Rule))
 def test_a_text_survives_an_expert_that_forgets(rule: Rule) -> None:
-    request = DecodeRequest(shaping=Shaping(), seed=3, max_bytes=40, epsilon=0.01)
+    request = DecodeRequest(sampling=Sampling(), seed=3, max_bytes=40, epsilon=0.01)
     mixture = Mixture({"e0": 0.5, "e1": 0.5}, rule)
     undisturbed, _ = LocalEnsemble(toys([NESTED, LONG])).generate("ab", mixture, request)
     forgetful = Forgetful("e1", LONG, seed=2)
@@ -122,7 +122,7 @@ def test_no_kv_is_left_behind() -> None:
     local = LocalEnsemble(experts)
     for seed in range(5):
         decoder = local.decoder("ab", Mixture({"e0": 0.5, "e1": 0.5}), DecodeRequest(seed=seed, max_bytes=20))
-        list(local.stream(decoder))
+        list(local.pieces(decoder))
         assert all(not expert._held for expert in experts.values())  # type: ignore[attr-defined]
 
 
@@ -133,7 +133,7 @@ def test_a_full_context_ends_the_text() -> None:
         "e1": ToyExpert("e1", NESTED, max_context=64),
     }
     for mixture in (Mixture({"e0": 1.0}), Mixture({"e0": 1.0, "e1": 1e-9}, Rule.LINEAR)):
-        text, finish = LocalEnsemble(experts).generate("ab", mixture, DecodeRequest(shaping=GREEDY))
+        text, finish = LocalEnsemble(experts).generate("ab", mixture, DecodeRequest(sampling=GREEDY))
         assert finish.reason is FinishReason.CONTEXT_FULL
         assert 11 <= len(text) <= 24
 

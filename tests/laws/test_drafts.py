@@ -21,7 +21,7 @@ from token_swarm.errors import BadLogits, BadParameter
 from token_swarm.experts.contract import Extend, Rows
 from token_swarm.experts.toy import TextLawExpert, ToyExpert
 from token_swarm.mixing.groups import Unit
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary
 
@@ -59,16 +59,16 @@ def knowing(plain: Decoder, wrong: int) -> Callable[[PromptLookup, Tokens, int],
     [(Unit.BYTE, (NESTED, LONG, LONG)), (Unit.UNION, (NESTED, LONG, LONG)), (Unit.TOKEN, (LONG, LONG, LONG))],
     ids=["byte", "union", "token"],
 )
-@pytest.mark.parametrize("shaping", [GREEDY, Shaping(temperature=0.8, top_k=5)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_k=5)], ids=["greedy", "drawn"])
 def test_the_text_is_the_same_in_fewer_steps(
-    unit: Unit, vocabularies: Sequence[Vocabulary], rule: Rule, shaping: Shaping, monkeypatch: pytest.MonkeyPatch
+    unit: Unit, vocabularies: Sequence[Vocabulary], rule: Rule, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts = toys(vocabularies)
     local = LocalEnsemble(experts)
     mixture = Mixture(TWO.weights, rule)
     saved = 0
     for seed in range(4):
-        request = DecodeRequest(shaping=shaping, seed=seed, max_bytes=60, unit=unit)
+        request = DecodeRequest(sampling=sampling, seed=seed, max_bytes=60, unit=unit)
         plain, steps = written(local, mixture, request)
         for most in (1, 3, 8):
             with monkeypatch.context() as patch:
@@ -92,8 +92,8 @@ def test_the_text_is_the_same_in_fewer_steps(
         assert not expert._held, "KV was left behind"
 
 
-@pytest.mark.parametrize("shaping", [GREEDY, Shaping(temperature=0.8)], ids=["greedy", "drawn"])
-def test_a_text_that_repeats_itself_drafts_itself(shaping: Shaping) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8)], ids=["greedy", "drawn"])
+def test_a_text_that_repeats_itself_drafts_itself(sampling: Sampling) -> None:
     """The lookup itself, of two groups."""
     turned = Vocabulary((b"c", b"b", b"a", None), eos_ids=(3,))
 
@@ -105,7 +105,7 @@ def test_a_text_that_repeats_itself_drafts_itself(shaping: Shaping) -> None:
 
     local = LocalEnsemble({"e0": TextLawExpert("e0", turned, chorus), "e1": TextLawExpert("e1", BYTES, chorus)})
     mixture = Mixture({"e0": 0.5, "e1": 0.5})
-    request = DecodeRequest(shaping=shaping, max_bytes=120)
+    request = DecodeRequest(sampling=sampling, max_bytes=120)
     plain, steps = written(local, mixture, request)
     found, fewer = written(local, mixture, replace(request, draft_tokens=4))
     assert found.text == plain.text
@@ -115,8 +115,8 @@ def test_a_text_that_repeats_itself_drafts_itself(shaping: Shaping) -> None:
 def test_a_draft_that_is_never_right_costs_rows_and_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PromptLookup, "draft", lambda _self, _history, most: (7,) * most)
     local = LocalEnsemble(toys([NESTED, LONG, LONG]))
-    plain, steps = written(local, TWO, DecodeRequest(shaping=GREEDY, max_bytes=40))
-    found, same = written(local, TWO, DecodeRequest(shaping=GREEDY, max_bytes=40, draft_tokens=3))
+    plain, steps = written(local, TWO, DecodeRequest(sampling=GREEDY, max_bytes=40))
+    found, same = written(local, TWO, DecodeRequest(sampling=GREEDY, max_bytes=40, draft_tokens=3))
     assert found.text == plain.text
     assert same == steps
     use = found.finish.experts["e0"]
@@ -128,10 +128,10 @@ def test_a_draft_that_is_never_right_costs_rows_and_no_steps(monkeypatch: pytest
 def test_rows_of_another_history_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant of the law above: rows of a draft that are one place off."""
     local = LocalEnsemble(toys([NESTED, LONG, LONG]))
-    request = DecodeRequest(shaping=GREEDY, max_bytes=60, draft_tokens=3)
+    request = DecodeRequest(sampling=GREEDY, max_bytes=60, draft_tokens=3)
     right = Forwards._keep
     monkeypatch.setattr(Forwards, "_keep", lambda self, name, placed, rows: right(self, name, placed, rows.roll(1, 0)))
-    plain, _ = written(local, TWO, DecodeRequest(shaping=GREEDY, max_bytes=60))
+    plain, _ = written(local, TWO, DecodeRequest(sampling=GREEDY, max_bytes=60))
     found, _ = written(local, TWO, request)
     assert found.log_probs != pytest.approx(plain.log_probs, rel=1e-3)
 
@@ -139,8 +139,8 @@ def test_rows_of_another_history_would_be_noticed(monkeypatch: pytest.MonkeyPatc
 def test_an_expert_that_is_lost_reads_its_text_again_with_a_draft() -> None:
     experts = toys([NESTED, LONG, LONG])
     local = LocalEnsemble(experts)
-    plain, _ = written(local, TWO, DecodeRequest(shaping=GREEDY, max_bytes=60))
-    decoder, steps = local.decoder("cab", TWO, DecodeRequest(shaping=GREEDY, max_bytes=60, draft_tokens=4)), 0
+    plain, _ = written(local, TWO, DecodeRequest(sampling=GREEDY, max_bytes=60))
+    decoder, steps = local.decoder("cab", TWO, DecodeRequest(sampling=GREEDY, max_bytes=60, draft_tokens=4)), 0
     while calls := decoder.calls():
         outcomes = local.run(calls)
         steps += 1
@@ -154,8 +154,8 @@ def test_an_expert_that_is_lost_reads_its_text_again_with_a_draft() -> None:
 
 def test_rows_of_a_draft_that_are_no_law_are_asked_for_again() -> None:
     local = LocalEnsemble(toys([NESTED, LONG, LONG]))
-    plain, _ = written(local, TWO, DecodeRequest(shaping=GREEDY, max_bytes=60))
-    decoder = local.decoder("cab", TWO, DecodeRequest(shaping=GREEDY, max_bytes=60, draft_tokens=4))
+    plain, _ = written(local, TWO, DecodeRequest(sampling=GREEDY, max_bytes=60))
+    decoder = local.decoder("cab", TWO, DecodeRequest(sampling=GREEDY, max_bytes=60, draft_tokens=4))
     blamed = 0
     while calls := decoder.calls():
         outcomes: dict[str, list[Outcome]] = local.run(calls)
@@ -174,8 +174,8 @@ def test_rows_of_a_draft_that_are_no_law_are_asked_for_again() -> None:
 def test_a_draft_ends_where_the_context_does() -> None:
     experts = toys([NESTED, LONG], max_context=24)
     local, mixture = LocalEnsemble(experts), Mixture({"e0": 0.5, "e1": 0.5})
-    plain, _ = written(local, mixture, DecodeRequest(shaping=GREEDY))
-    found, _ = written(local, mixture, DecodeRequest(shaping=GREEDY, draft_tokens=8))
+    plain, _ = written(local, mixture, DecodeRequest(sampling=GREEDY))
+    found, _ = written(local, mixture, DecodeRequest(sampling=GREEDY, draft_tokens=8))
     assert found.text == plain.text
     assert found.finish.reason == plain.finish.reason
 

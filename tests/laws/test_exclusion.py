@@ -17,7 +17,7 @@ from token_swarm.experts.toy import ToyExpert
 from token_swarm.kernels import native
 from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.native_unit import NativeByteUnit
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture
 from token_swarm.vocabulary import Vocabulary
 
@@ -30,36 +30,36 @@ UNITS = [
 ]
 
 
-def written(kind: type[ByteUnit], shaping: Shaping, seed: int = 0, sharpness: float = 8.0) -> tuple[bytes, Finish]:
+def written(kind: type[ByteUnit], sampling: Sampling, seed: int = 0, sharpness: float = 8.0) -> tuple[bytes, Finish]:
     toys = {f"e{i}": ToyExpert(f"e{i}", own, seed=i, sharpness=sharpness) for i, own in enumerate(VOCABULARIES)}
     local = LocalEnsemble(toys)
-    request = DecodeRequest(shaping=shaping, seed=seed, max_bytes=40)
+    request = DecodeRequest(sampling=sampling, seed=seed, max_bytes=40)
     groups = local.ensemble.groups(MIXTURE)
     prompts = {name: toy.encode("ab") for name, toy in toys.items()}
     window = request.window
-    unit = kind(groups, local.ensemble.tries, prompts, shaping, epsilon=request.epsilon, window=window)
+    unit = kind(groups, local.ensemble.tries, prompts, sampling, epsilon=request.epsilon, window=window)
     decoder = Decoder(unit, request, allocate=local.allocate)
-    "".join(local.stream(decoder))
+    "".join(local.pieces(decoder))
     return decoder.text, decoder.finish
 
 
 @pytest.mark.parametrize("kind", UNITS)
 @pytest.mark.parametrize(
-    "shaping",
-    [Shaping(temperature=heat) for heat in (1e-3, 0.01, 0.05, 0.2)]
-    + [Shaping(top_k=1), Shaping(top_p=1e-3), Shaping(min_p=1.0), Shaping(temperature=0.1, top_p=0.5)],
+    "sampling",
+    [Sampling(temperature=heat) for heat in (1e-3, 0.01, 0.05, 0.2)]
+    + [Sampling(top_k=1), Sampling(top_p=1e-3), Sampling(min_p=1.0), Sampling(temperature=0.1, top_p=0.5)],
     ids=repr,
 )
-def test_no_temperature_or_filter_ends_a_text(kind: type[ByteUnit], shaping: Shaping) -> None:
+def test_no_temperature_or_filter_ends_a_text(kind: type[ByteUnit], sampling: Sampling) -> None:
     for seed in range(6):
-        text, finish = written(kind, shaping, seed)
+        text, finish = written(kind, sampling, seed)
         assert (len(text), finish.reason) == (40, FinishReason.MAX_BYTES)
 
 
 @pytest.mark.skipif(native.library() is None, reason="the C++ kernels were not built here")
-@pytest.mark.parametrize("shaping", [Shaping(temperature=0.01), Shaping(top_k=1)], ids=repr)
-def test_both_units_go_on_alike(shaping: Shaping) -> None:
-    assert written(ByteUnit, shaping, 3)[0] == written(NativeByteUnit, shaping, 3)[0]
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.01), Sampling(top_k=1)], ids=repr)
+def test_both_units_go_on_alike(sampling: Sampling) -> None:
+    assert written(ByteUnit, sampling, 3)[0] == written(NativeByteUnit, sampling, 3)[0]
 
 
 @pytest.mark.parametrize("kind", UNITS)
@@ -77,8 +77,8 @@ def test_experts_that_exclude_each_other_end_the_text_with_an_error(kind: type[B
     request = DecodeRequest(max_bytes=40)
     prompts = {name: toy.encode("ab") for name, toy in toys.items()}
     unit = kind(
-        local.ensemble.groups(MIXTURE), local.ensemble.tries, prompts, Shaping(), epsilon=0.1, window=request.window
+        local.ensemble.groups(MIXTURE), local.ensemble.tries, prompts, Sampling(), epsilon=0.1, window=request.window
     )
     decoder = Decoder(unit, request, allocate=local.allocate)
     with pytest.raises(NoContinuation, match=r"experts e0\+e1"):
-        "".join(local.stream(decoder))
+        "".join(local.pieces(decoder))

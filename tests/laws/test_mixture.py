@@ -26,13 +26,12 @@ from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.toy import TextLawExpert, ToyExpert, random_text_law
 from token_swarm.mixing.groups import Unit
-from token_swarm.mixing.sampling import inverse_cdf
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling, inverse_cdf
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary
 
 
-def alone(expert: ToyExpert, prompt: str, shaping: Shaping, seed: int, count: int) -> bytes:
+def alone(expert: ToyExpert, prompt: str, sampling: Sampling, seed: int, count: int) -> bytes:
     """The model by itself: a plain token loop without any of the ensemble's code but the draw."""
     vocabulary = expert.spec.vocabulary
     allowed = torch.from_numpy(vocabulary.allowed.copy())
@@ -41,28 +40,28 @@ def alone(expert: ToyExpert, prompt: str, shaping: Shaping, seed: int, count: in
     while len(tokens) - start < count:
         logits = torch.where(allowed, expert.law(tokens), -torch.inf)
         law = torch.softmax(logits, -1).numpy()
-        token = int(logits.argmax()) if shaping.greedy else inverse_cdf(law, float(random.random()))
+        token = int(logits.argmax()) if sampling.greedy else inverse_cdf(law, float(random.random()))
         if token in vocabulary.eos_ids:
             break
         tokens = (*tokens, token)
     return vocabulary.text(tokens[start:])
 
 
-@pytest.mark.parametrize("shaping", [GREEDY, Shaping()], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("rule", list(Rule))
 @pytest.mark.parametrize("unit", list(Unit))
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_one_hot_is_the_model_alone(name: str, unit: Unit, rule: Rule, shaping: Shaping) -> None:
+def test_one_hot_is_the_model_alone(name: str, unit: Unit, rule: Rule, sampling: Sampling) -> None:
     """Law 3: in every unit and rule, greedy and seeded, beside experts whose weight is 0."""
     experts = toys([NESTED, VOCABULARIES[name], LONG])
     local = LocalEnsemble(experts)
     mixture = Mixture({"e0": 0.0, "e1": 1.0, "e2": 0.0}, rule)
     for seed in range(3):
-        request = DecodeRequest(shaping=shaping, unit=unit, seed=seed, max_tokens=40)
+        request = DecodeRequest(sampling=sampling, unit=unit, seed=seed, max_tokens=40)
         text, finish = local.generate("cab", mixture, request)
         expert = experts["e1"]
         assert isinstance(expert, ToyExpert)
-        assert text.encode() == alone(expert, "cab", shaping, seed, 40)
+        assert text.encode() == alone(expert, "cab", sampling, seed, 40)
         assert finish.experts.keys() == {"e1"}
         assert finish.experts["e1"].share == 1.0
 
@@ -95,7 +94,7 @@ def test_reordering_and_duplicating_experts_change_nothing(rule: Rule) -> None:
     doubled = LocalEnsemble({**base, "twin": twin})
     total = 0
     for seed in range(8):
-        request = DecodeRequest(shaping=Shaping(), seed=seed, max_bytes=12, epsilon=0.0, window=None)
+        request = DecodeRequest(sampling=Sampling(), seed=seed, max_bytes=12, epsilon=0.0, window=None)
         reference, _ = LocalEnsemble(base).generate("ab", Mixture({"e0": 0.4, "e1": 0.6}, rule), request)
         assert reordered.generate("ab", Mixture({"e1": 0.6, "e0": 0.4}, rule), request)[0] == reference
         split = Mixture({"e0": 0.4, "e1": 0.35, "twin": 0.25}, rule)

@@ -14,8 +14,7 @@ from tests.laws.brute_force import BruteForce
 from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
-from token_swarm.mixing.sampling import Sampler, inverse_cdf
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampler, Sampling, inverse_cdf
 from token_swarm.particle import Mixture, Rule
 
 DRAWS = 1500
@@ -49,7 +48,7 @@ def p_value() -> float:
     local = LocalEnsemble(toys([NESTED, LONG]))
     seen: Counter[bytes] = Counter()
     for seed in range(DRAWS):
-        request = DecodeRequest(shaping=Shaping(), seed=seed, max_bytes=LENGTH, epsilon=0.0, window=None)
+        request = DecodeRequest(sampling=Sampling(), seed=seed, max_bytes=LENGTH, epsilon=0.0, window=None)
         text, finish = local.generate("", Mixture(weights, Rule.LINEAR), request)
         seen[text.encode() + (b"$" if finish.reason.value == "end_of_text" else b"")] += 1
     common = [text for text, probability in expected.items() if probability * DRAWS >= 5]

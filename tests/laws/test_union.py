@@ -28,7 +28,7 @@ from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.experts.contract import Expert
 from token_swarm.experts.toy import END, TextLawExpert, random_text_law
 from token_swarm.mixing.groups import Unit
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.mixing.union_unit import DEFAULT_FLOOR, UnionUnit
 from token_swarm.particle import Mixture, Rule
 from token_swarm.vocabulary import Vocabulary
@@ -41,14 +41,17 @@ MIXTURES = {
 
 @pytest.mark.parametrize("floor", [DEFAULT_FLOOR, math.log(0.02)])
 @pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
-def test_law_histories_and_shares_are_the_definition(mixture: Mixture, floor: float) -> None:
+def test_law_histories_and_shares_are_the_definition(
+    mixture: Mixture, floor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UnionUnit, "floor", floor)
     experts = toys([NESTED, DUPLICATES, LONG])
     local = LocalEnsemble(experts)
     definition = Definition(experts, mixture, floor)
     random = np.random.default_rng(0)
     respelled = 0
     for _ in range(3):
-        unit = union_unit(local, mixture, "cab", DecodeRequest(unit=Unit.UNION, union_floor=floor))
+        unit = union_unit(local, mixture, "cab", DecodeRequest(unit=Unit.UNION))
         texts = texts_of(unit)
         histories, written = definition.start("cab"), b""
         for _ in range(8):
@@ -79,16 +82,16 @@ def test_law_histories_and_shares_are_the_definition(mixture: Mixture, floor: fl
     assert respelled > 0
 
 
-@pytest.mark.parametrize("shaping", [GREEDY, Shaping()], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("rule", list(Rule))
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_one_expert_is_the_token_unit(name: str, rule: Rule, shaping: Shaping) -> None:
+def test_one_expert_is_the_token_unit(name: str, rule: Rule, sampling: Sampling) -> None:
     """Law 3, byte for byte, beside an expert whose weight is 0."""
     local = LocalEnsemble(toys([LONG, VOCABULARIES[name]]))
     mixture = Mixture({"e0": 0.0, "e1": 1.0}, rule)
     for seed in range(3):
         texts = [
-            local.generate("cab", mixture, DecodeRequest(shaping=shaping, unit=unit, seed=seed, max_tokens=30))
+            local.generate("cab", mixture, DecodeRequest(sampling=sampling, unit=unit, seed=seed, max_tokens=30))
             for unit in (Unit.TOKEN, Unit.UNION)
         ]
         assert texts[0] == texts[1]
@@ -129,7 +132,7 @@ def test_same_vocabulary_is_the_token_mixture(rule: Rule) -> None:
         assert unit.history(0) == unit.history(1)
 
     texts = [
-        local.generate("cab", mixture, DecodeRequest(shaping=GREEDY, unit=kind, max_bytes=40))[0]
+        local.generate("cab", mixture, DecodeRequest(sampling=GREEDY, unit=kind, max_bytes=40))[0]
         for kind in (Unit.TOKEN, Unit.UNION)
     ]
     assert texts[0] == texts[1] != ""
@@ -253,8 +256,8 @@ def test_temperature_and_filters_act_on_the_union_law() -> None:
     experts = toys([NESTED, LONG])
     local, mixture = LocalEnsemble(experts), Mixture(WEIGHTS, Rule.LINEAR)
     plain, shaped = (
-        union_unit(local, mixture, "cab", DecodeRequest(unit=Unit.UNION, shaping=shaping))
-        for shaping in (Shaping(), Shaping(temperature=0.5, top_k=3))
+        union_unit(local, mixture, "cab", DecodeRequest(unit=Unit.UNION, sampling=sampling))
+        for sampling in (Sampling(), Sampling(temperature=0.5, top_k=3))
     )
     settle(local, experts, plain)
     settle(local, experts, shaped)

@@ -121,9 +121,12 @@ def test_an_expert_that_cannot_write_the_text_is_left_out_and_reported(rule: Rul
 
 
 @pytest.mark.parametrize("rule", list(Rule))
-def test_a_limit_on_tokens_ends_a_text_that_an_expert_cannot_write(rule: Rule) -> None:
+def test_a_limit_on_tokens_ends_a_text_that_an_expert_cannot_write(
+    rule: Rule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UnionUnit, "floor", math.log(0.5))
     experts = toys([Vocabulary((b"a", b"b", b"ab"), ()), Vocabulary((b"a", b"b", b"c"), ())])
-    request = DecodeRequest(unit=Unit.UNION, max_tokens=12, union_floor=math.log(0.5))
+    request = DecodeRequest(unit=Unit.UNION, max_tokens=12)
     text, finish = LocalEnsemble(experts).generate("ab", Mixture({"e0": 0.5, "e1": 0.5}, rule), request)
     assert len(text) > text.index("c") + 1
     assert finish.reason is FinishReason.MAX_TOKENS
@@ -189,12 +192,6 @@ def test_rows_that_are_no_law_name_their_expert() -> None:
         unit.feed(second, [bad])
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.1, -math.inf, math.nan])
-def test_a_floor_that_is_none_is_refused(floor: float) -> None:
-    with pytest.raises(BadParameter, match="union_floor"):
-        DecodeRequest(union_floor=floor)
-
-
 def test_experts_of_one_group_are_refused_as_one_row() -> None:
     local = LocalEnsemble(toys([NESTED, NESTED]))
     mixture = Mixture({"e0": 0.5, "e1": 0.5})
@@ -231,12 +228,12 @@ def real_local(real_expert: Callable[[str], TransformersExpert]) -> LocalEnsembl
 @pytest.mark.parametrize("rule", list(Rule))
 def test_real_experts_write_one_text(real_local: LocalEnsemble, rule: Rule) -> None:
     mixture = Mixture(dict.fromkeys(REAL, 0.5), rule)
-    request = DecodeRequest(shaping=GREEDY, unit=Unit.UNION, max_tokens=8)
+    request = DecodeRequest(sampling=GREEDY, unit=Unit.UNION, max_tokens=8)
     prompts = real_local.encode(mixture, "The history of the printing press begins in")
     unit = real_local.ensemble.unit(mixture, request, prompts)
     assert isinstance(unit, UnionUnit)
     decoder = Decoder(unit, request, allocate=real_local.allocate)
-    shown = "".join(real_local.stream(decoder))
+    shown = "".join(real_local.pieces(decoder))
     assert decoder.finish.reason is FinishReason.MAX_TOKENS
     assert shown.encode() == decoder.text
     assert len(shown.split()) >= 4

@@ -257,7 +257,7 @@ def test_what_the_end_needs_is_looked_for_at_the_start(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
-    monkeypatch.setattr("token_swarm_server.search.experts.LocalExperts.load", no_model)
+    monkeypatch.setattr("token_swarm.search.run.experts.LocalExperts.load", no_model)
     result = run(home, "loglikelihood", "texts.jsonl", tmp_path / "run", "--reference", "cma")
     refused(result, package, "pip install 'token-swarm[search]'", code=1)
 
@@ -265,7 +265,7 @@ def test_what_the_end_needs_is_looked_for_at_the_start(
 def test_a_folder_that_cannot_be_written_is_found_first(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("token_swarm_server.search.experts.LocalExperts.load", no_model)
+    monkeypatch.setattr("token_swarm.search.run.experts.LocalExperts.load", no_model)
     (tmp_path / "file").write_text("")
     result = run(home, "loglikelihood", "texts.jsonl", tmp_path / "file" / "run")
     refused(result, "--out", "file/run cannot be written", code=1)
@@ -340,7 +340,7 @@ def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(
     Particle("learned", Mixture({"a": 1.0})).save(tmp_path / "TAKEN" / "other.json")
     more = [str(tmp_path / each) if each in ("BROKEN", "TAKEN") else each for each in more]
     if "rows" not in words[0]:
-        monkeypatch.setattr("token_swarm_server.search.experts.LocalExperts.load", no_model)
+        monkeypatch.setattr("token_swarm.search.run.experts.LocalExperts.load", no_model)
     code = 1 if file == "none.jsonl" or "cannot be written" in words else 2
     refused(run(home, utility, file, tmp_path / "run", *more), *words, code=code)
     assert not (tmp_path / "run" / "particle.json").exists()
@@ -387,19 +387,21 @@ def test_a_comparison_says_what_cannot_be_compared(tmp_path: Path) -> None:
 def test_a_worker_can_make_the_utility_for_itself(home: Path) -> None:
     """What is sent to other processes, without the processes: it says the same there as here."""
     from token_swarm_server.config.loading import load_settings
-    from token_swarm_server.search.task import Goal, Judging, LocalExperts, Preparation, UtilityName
+    from token_swarm_server.search.experts import configured_experts
 
     from token_swarm.decoding.request import DecodeRequest
-    from token_swarm.mixing.shaping import Shaping
+    from token_swarm.mixing.sampling import Sampling
     from token_swarm.search.optimisers.space import Space
+    from token_swarm.search.run.task import Preparation
+    from token_swarm.search.utilities import Goal, Judging
 
     settings = load_settings(home / "config.yaml")
-    experts = LocalExperts.of(settings, {name: str(home / name) for name in SIZES})
-    goal = Goal.load(UtilityName.REWARD, home / "prompts.jsonl", 3)
-    request = DecodeRequest(shaping=Shaping(temperature=0.0), max_bytes=2)
+    experts = configured_experts(settings, {name: str(home / name) for name in SIZES})
+    goal = Goal.load("reward", home / "prompts.jsonl", 3)
+    request = DecodeRequest(sampling=Sampling(temperature=0.0), max_bytes=2)
     judging = Judging(reward="tests.search.test_cli_search:length", request=request)
     space = Space(tuple(SIZES))
-    preparation = Preparation(experts, (goal,), judging, space, 0.0)
+    preparation = Preparation(experts, (goal,), space, judging, 0.0)
     here, there = preparation.task(), preparation.task(workers=2)
     sent = pickle.loads(pickle.dumps(there.dev))
     mixtures = space.mixtures(space.one_hot())

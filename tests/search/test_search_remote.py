@@ -8,23 +8,25 @@ from pathlib import Path
 
 import grpc
 import pytest
+from token_swarm_server.search.experts import RemoteExperts
 from token_swarm_server.search.remote import RemoteEnsemble, request_to_proto
-from token_swarm_server.search.task import Goal, Judging, Preparation, RemoteExperts, UtilityName
 
 from tests.integration.test_coordinator import coordinator
 from tests.laws.ensembles import LONG, NESTED, toys
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadParameter
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.data import PromptExample, save_jsonl
 from token_swarm.search.evaluators import SerialEvaluator
 from token_swarm.search.optimisers.space import Space
 from token_swarm.search.run.run import Search, SearchConfig
+from token_swarm.search.run.task import Preparation
+from token_swarm.search.utilities import Goal, Judging
 from token_swarm.search.utility import UtilityUnavailable
 
-REQUEST = DecodeRequest(shaping=Shaping(temperature=0.9), seed=3, max_bytes=20, stop=(b"abba",))
+REQUEST = DecodeRequest(sampling=Sampling(temperature=0.9), seed=3, max_bytes=20, stop=(b"abba",))
 
 
 def count_a(prompt: str, text: str) -> float:
@@ -45,7 +47,7 @@ async def test_a_server_writes_what_one_process_would(tmp_path: Path, rule: Rule
 
 async def test_a_search_over_a_server_finds_what_one_process_finds(tmp_path: Path) -> None:
     save_jsonl(tmp_path / "prompts.jsonl", [PromptExample(prompt=prompt) for prompt in ("cab", "ba", "abc", "c")])
-    goal = Goal.load(UtilityName.REWARD, tmp_path / "prompts.jsonl", None)
+    goal = Goal.load("reward", tmp_path / "prompts.jsonl", None)
     judging = Judging(reward=f"{__name__}:count_a", request=REQUEST)
     space = Space(("e0", "e1"))
     config = SearchConfig(optimiser="random", settings={"particles": 4, "iterations": 2})
@@ -53,7 +55,7 @@ async def test_a_search_over_a_server_finds_what_one_process_finds(tmp_path: Pat
     async with coordinator(tmp_path) as running:
         with RemoteEnsemble(running.address) as remote:
             experts = RemoteExperts(remote, tmp_path / "texts", concurrency=3)
-            task = await asyncio.to_thread(Preparation(experts, (goal,), judging, space, 0.0).task)
+            task = await asyncio.to_thread(Preparation(experts, (goal,), space, judging, 0.0).task)
             search = Search(task, config, tmp_path / "run", SerialEvaluator())
             result = await asyncio.to_thread(search.run)
     specs = local.ensemble.specs
@@ -106,6 +108,6 @@ def test_a_request_cannot_carry_a_window() -> None:
 
 def test_a_server_cannot_read_data(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "x"}\n')
-    goal = Goal.load(UtilityName.LOGLIKELIHOOD, tmp_path / "texts.jsonl", None)
+    goal = Goal.load("loglikelihood", tmp_path / "texts.jsonl", None)
     with RemoteEnsemble("127.0.0.1:9") as remote, pytest.raises(BadParameter, match="cannot read data"):
         Preparation(RemoteExperts(remote, tmp_path), (goal,), Judging(), Space(("e0",)), 0.0).task()

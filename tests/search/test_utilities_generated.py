@@ -18,7 +18,8 @@ from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import Close, Expert, Op, Open, OpErrorKind, Rows, StepResult
 from token_swarm.experts.toy import ToyExpert
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.groups import Unit
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 from token_swarm.search.data import AnswerExample, PatternExample, PromptExample
 from token_swarm.search.utilities import (
@@ -128,7 +129,7 @@ def test_what_changes_a_text_changes_its_key() -> None:
         key(fingerprints={"e0": "2"}),
         key(request=DecodeRequest(max_bytes=6, seed=6)),
         key(request=DecodeRequest(max_bytes=7, seed=5)),
-        key(request=DecodeRequest(max_bytes=6, seed=5, shaping=Shaping(top_p=0.9))),
+        key(request=DecodeRequest(max_bytes=6, seed=5, sampling=Sampling(top_p=0.9))),
     ]
     assert len(set(keys)) == len(keys)
     same = [
@@ -137,6 +138,17 @@ def test_what_changes_a_text_changes_its_key() -> None:
         key(fingerprints={"e0": "1", "e9": "other"}),
     ]
     assert set(same) == {keys[0]}
+
+
+def test_texts_of_earlier_versions_are_found() -> None:
+    """Their keys: no text on disk is written again because something was renamed."""
+    sampling = Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
+    request = DecodeRequest(sampling=sampling, seed=5, max_bytes=6, stop=(b"x", b"\n"), unit=Unit.BYTE)
+    mixture = Mixture({"e0": 0.5, "e1": 0.5}, Rule.LINEAR)
+    first = key(mixture=mixture, request=request)
+    assert first == "af16882f0e35a99fb96929ffc4a939fad5908fbb3f9a452f829a30ec2f4f3f74"
+    second = key(mixture=mixture, request=DecodeRequest(max_bytes=6, seed=5))
+    assert second == "37aa105e33415a4d5c053ad5c2b95ea2a2ef06b7633c58e0ab693fa456ad623a"
 
 
 def test_every_mixture_draws_with_the_same_numbers() -> None:

@@ -16,7 +16,7 @@ from token_swarm.experts import laws
 from token_swarm.experts.contract import Expert
 from token_swarm.experts.transformers.expert import TransformersExpert
 from token_swarm.mixing.groups import Unit, make_groups
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: experts ran on the CPU only")
@@ -50,8 +50,8 @@ def test_an_ensemble_writes_the_same_text_on_both(tmp_path: Path, rule: Rule) ->
         ensemble = LocalEnsemble(experts)
         return ensemble.generate("the cat", Mixture(dict.fromkeys(models, 0.5), rule), request)[0]
 
-    for shaping in (Shaping(temperature=0.0), Shaping(top_k=40)):
-        request = DecodeRequest(shaping=shaping, seed=7, max_bytes=60, unit=Unit.BYTE)
+    for sampling in (Sampling(temperature=0.0), Sampling(top_k=40)):
+        request = DecodeRequest(sampling=sampling, seed=7, max_bytes=60, unit=Unit.BYTE)
         assert written("cuda", request) == written("cpu", request)
 
 

@@ -32,8 +32,10 @@ LAYERS = (
     ("token_swarm.experts",),
     ("token_swarm.kernels",),
     ("token_swarm.vocabulary", "token_swarm.particle"),
+    ("token_swarm.rules",),
+    ("token_swarm.plugins",),
     ("token_swarm.ranges",),
-    ("token_swarm.errors", "token_swarm.files"),
+    ("token_swarm.errors", "token_swarm.files", "token_swarm.cores"),
     # Generated; only the server speaks it.
     ("token_swarm.v1",),
     ("token_swarm",),
@@ -43,7 +45,18 @@ MAX_LINES = 400
 
 
 def layer_of(module: str) -> int | None:
-    """Index in LAYERS, None for a module that is not ours."""
+    """Index in LAYERS, None for a module that is not ours.
+
+    A package hands on names of its modules, so it stands as high as the highest of them.
+    """
+    parent = module.rpartition(".")[0]
+    for package in (module, *([parent] if module not in OWN else [])):
+        if package in PACKAGES:
+            return min(listed_layer(each) for each in OWN if each == package or each.startswith(f"{package}."))
+    return listed_layer(module)
+
+
+def listed_layer(module: str) -> int | None:
     for index, names in enumerate(LAYERS):
         if any(module == name or module.startswith(f"{name}.") for name in names):
             return index
@@ -57,6 +70,10 @@ def own_modules() -> dict[str, Path]:
             parts = path.relative_to(base).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+OWN = own_modules()
+PACKAGES = {name for name, path in OWN.items() if path.name == "__init__.py"}
 
 
 def imported(source: str) -> set[str]:
@@ -93,7 +110,7 @@ def violations(module: str, source: str) -> list[str]:
     return wrong
 
 
-HAND_WRITTEN = {name: path for name, path in own_modules().items() if not name.startswith(f"{GENERATED}.")}
+HAND_WRITTEN = {name: path for name, path in OWN.items() if not name.startswith(f"{GENERATED}.")}
 
 
 @pytest.mark.parametrize("module", sorted(HAND_WRITTEN))
@@ -115,6 +132,8 @@ def test_a_module_stays_readable(module):
         ("token_swarm.kernels.eager", "import token_swarm.experts.contract"),
         ("token_swarm.errors", "from token_swarm.vocabulary import Vocabulary"),
         ("token_swarm.decoding.score", "def late():\n    from token_swarm_server.rpc.errors import QueueFull"),
+        ("token_swarm.decoding.score", "from token_swarm import LocalEnsemble, Mixture"),
+        ("token_swarm.mixing.groups", "from token_swarm.decoding import Decoder"),
         ("token_swarm.decoding.score", "import grpc"),
         ("token_swarm.experts.toy", "from grpc.aio import Channel"),
         ("token_swarm.experts.toy", "from token_swarm.v1 import expert_pb2"),
@@ -126,7 +145,7 @@ def test_a_module_stays_readable(module):
     ],
 )
 def test_an_upward_import_is_found(module, line):
-    assert len(violations(module, line)) == 1
+    assert violations(module, line)
 
 
 def test_downward_imports_are_allowed():

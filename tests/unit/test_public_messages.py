@@ -35,11 +35,11 @@ def test_an_empty_prompt_is_a_prompt() -> None:
 
 
 def test_what_is_absent_is_as_the_comments_say() -> None:
-    shaping = read().shaping
-    assert (shaping.temperature, shaping.top_k, shaping.top_p, shaping.min_p) == (1.0, 0, 1.0, 0.0)
-    assert not shaping.changes_law
-    assert not read(sampling=swarm_pb2.Sampling(top_k=0)).shaping.changes_law
-    assert read(sampling=swarm_pb2.Sampling(temperature=0)).shaping.greedy
+    sampling = read().sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1.0, 0, 1.0, 0.0)
+    assert not sampling.changes_law
+    assert not read(sampling=swarm_pb2.Sampling(top_k=0)).sampling.changes_law
+    assert read(sampling=swarm_pb2.Sampling(temperature=0)).sampling.greedy
 
 
 def test_every_seed_of_64_bits_is_taken() -> None:

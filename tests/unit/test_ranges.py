@@ -11,7 +11,7 @@ import pytest
 from token_swarm import ranges
 from token_swarm.errors import BadParameter
 from token_swarm.mixing.groups import split_weights
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +57,8 @@ def test_nothing_outside_is_in_a_range(own: ranges.Range) -> None:
 
 
 def test_a_temperature_below_the_threshold_is_greedy() -> None:
-    assert Shaping(temperature=ranges.GREEDY_BELOW / 2).greedy
-    assert not Shaping(temperature=ranges.GREEDY_BELOW).greedy
+    assert Sampling(temperature=ranges.GREEDY_BELOW / 2).greedy
+    assert not Sampling(temperature=ranges.GREEDY_BELOW).greedy
 
 
 def test_weights_that_cancel_but_for_rounding_are_not_divided_by_what_is_left() -> None:

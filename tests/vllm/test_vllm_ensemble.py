@@ -15,7 +15,7 @@ from tests.vllm.conftest import needs_vllm
 from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts.transformers.expert import TransformersExpert
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 
 pytestmark = [needs_vllm, pytest.mark.real_experts]
@@ -34,7 +34,7 @@ def expected() -> str:
         )
         for name in NAMES
     }
-    request = DecodeRequest(shaping=Shaping(0), max_bytes=BYTES)
+    request = DecodeRequest(sampling=Sampling(0), max_bytes=BYTES)
     text, _ = LocalEnsemble(experts).generate(PROMPT, Mixture(dict.fromkeys(NAMES, 0.5), Rule.LOG_LINEAR), request)
     for expert in experts.values():
         expert.close()

@@ -15,7 +15,7 @@ from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.experts import laws
 from token_swarm.experts.contract import Extend, Open, Rows
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Rule
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def test_one_hot_text_is_vllms_own(name: str) -> None:
     directory = real_expert_dir(name)
     with vllm_expert(directory, max_sequences=4, max_context=256, engine={"block_size": 32}) as expert:
         ensemble = LocalEnsemble({"expert": expert})
-        decode = DecodeRequest(shaping=Shaping(0), max_tokens=TOKENS, max_bytes=10_000)
+        decode = DecodeRequest(sampling=Sampling(0), max_tokens=TOKENS, max_bytes=10_000)
         texts = [ensemble.generate(prompt, Mixture({"expert": 1.0}, Rule.LINEAR), decode)[0] for prompt in PROMPTS]
         numbering, vocabulary = expert.numbering, expert.spec.vocabulary
         prompts = [numbering.to_model(expert.encode(prompt).tokens) for prompt in PROMPTS]

@@ -10,8 +10,9 @@ from token_swarm_server.config.loading import ConfigError, load_settings
 from typer.testing import CliRunner
 
 from token_swarm.experts.loading import ExpertLoadError
+from token_swarm.experts.registry import parse_options
 from token_swarm.experts.vllm import engine
-from token_swarm.experts.vllm.options import OPTIONS, check_options, engine_arguments, parse_options
+from token_swarm.experts.vllm.options import OPTIONS, check_options, engine_arguments
 
 
 def test_every_option_takes_a_sensible_value() -> None:
@@ -64,8 +65,8 @@ def test_the_configuration_reaches_the_settings(monkeypatch: pytest.MonkeyPatch)
     ("expert", "message"),
     [
         ({"backend": "vllm", "engine": {"dtype": "auto"}}, r"experts.a: engine.dtype: unknown; allowed: block_size"),
-        ({"engine": {"block_size": 32}}, r"experts.a: engine: is for the vllm backend; backend is transformers"),
-        ({"backend": "llama.cpp"}, r"experts.a.backend: .*'transformers' or 'vllm'"),
+        ({"engine": {"block_size": 32}}, r"experts.a: engine: the transformers backend takes no options"),
+        ({"backend": "llama.cpp"}, r"experts.a: backend: 'llama.cpp' is not one of 'transformers', 'vllm'$"),
     ],
 )
 def test_a_bad_configuration_is_one_line(tmp_path: Path, expert: dict[str, object], message: str) -> None:
@@ -78,7 +79,7 @@ def test_a_bad_configuration_is_one_line(tmp_path: Path, expert: dict[str, objec
     ("flags", "message"),
     [
         (["--backend", "vllm", "--engine", "dtype=auto"], "error: --engine.dtype: unknown; allowed: block_size"),
-        (["--engine", "block_size=32"], "error: --engine: is for the vllm backend; --backend is transformers"),
+        (["--engine", "block_size=32"], "error: --engine: the transformers backend takes no options of its own"),
         (["--backend", "vllm", "--engine", "nonsense"], "error: --engine: 'nonsense' is not KEY=VALUE"),
     ],
 )

@@ -85,7 +85,7 @@ class Decoder:
         self._earlier: dict[str, ExpertUse] = {}
         self._earlier_tokens = 0
         self._earlier_retired = 0.0
-        self._sampler = Sampler(greedy=request.shaping.greedy, seed=request.seed, script=forced)
+        self._sampler = Sampler(greedy=request.sampling.greedy, seed=request.seed, script=forced)
         self._stops = StopMatcher(request.stop)
         self._utf8 = Utf8Stream()
         self._needs: Sequence[Need] | None = None  # what the unit is known to need now

@@ -14,7 +14,7 @@ from token_swarm.mixing.byte_unit import ByteUnit
 from token_swarm.mixing.groups import Group, Unit, make_groups, make_rows, resolve_unit
 from token_swarm.mixing.log_unit import LogUnit
 from token_swarm.mixing.native_unit import byte_unit_type
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.mixing.token_unit import TokenUnit
 from token_swarm.mixing.trie import ByteTrie
 from token_swarm.mixing.union_unit import UnionUnit
@@ -59,7 +59,7 @@ class Ensemble:
                 if length >= spec.max_context:
                     raise PromptTooLong(spec.name, length, spec.max_context)
         if kind is Unit.TOKEN:
-            return TokenUnit(groups[0], prompts[groups[0].names[0]].tokens, request.shaping)
+            return TokenUnit(groups[0], prompts[groups[0].names[0]].tokens, request.sampling)
         if kind is Unit.UNION:
             return self.union_unit(make_rows(self.specs, mixture), request, prompts)
         return self.byte_unit(groups, request, prompts)
@@ -83,7 +83,8 @@ class Ensemble:
         """The byte unit over any groups, even a single one, whose marginal byte law it then is."""
         # Epsilon 0 asks for the exact law, which gives nothing up.
         window = request.window if request.epsilon > 0 else None
-        return byte_unit_type()(groups, self.tries, prompts, request.shaping, epsilon=request.epsilon, window=window)
+        kind = byte_unit_type(groups[0].rule)
+        return kind(groups, self.tries, prompts, request.sampling, epsilon=request.epsilon, window=window)
 
     def union_unit(
         self, rows: tuple[Group, ...], request: DecodeRequest, prompts: Mapping[str, EncodedPrompt]
@@ -94,7 +95,7 @@ class Ensemble:
         key = tuple(group.vocabulary.fingerprint for group in rows)
         if key not in self._unions:
             self._unions[key] = UnionMap.build([group.vocabulary for group in rows])
-        return UnionUnit(rows, self._unions[key], self.tries, prompts, request.shaping, floor=request.union_floor)
+        return UnionUnit(rows, self._unions[key], self.tries, prompts, request.sampling)
 
     def log_score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> LogUnit:
         """The same as `score_unit` in logarithms."""
@@ -102,4 +103,4 @@ class Ensemble:
 
     def score_unit(self, groups: tuple[Group, ...], prompts: Mapping[str, EncodedPrompt]) -> ByteUnit:
         """A byte unit that follows the heads it is fed: none is ever due, a cold one is given up after one byte."""
-        return byte_unit_type()(groups, self.tries, prompts, Shaping(), epsilon=1.0, window=1)
+        return byte_unit_type(groups[0].rule)(groups, self.tries, prompts, Sampling(), epsilon=1.0, window=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from token_swarm.decoding.decoder import Decoder, Finish
 from token_swarm.decoding.ensemble import Ensemble
@@ -14,16 +16,82 @@ from token_swarm.decoding.score import Score, Scorer, scored_text
 from token_swarm.decoding.windows import Window, encode_window, join_scores, plan_windows, token_lengths
 from token_swarm.errors import BadParameter
 from token_swarm.experts.contract import EncodedPrompt, Expert
-from token_swarm.particle import Mixture
+from token_swarm.experts.registry import DEFAULT_BACKEND, EngineValue, load_expert
+from token_swarm.particle import Mixture, Particle
 
 
 class LocalEnsemble:
-    """Experts in this process. Not for several threads at once."""
+    """Experts in this process. Not for several threads at once; a context manager that closes the experts.
+
+    A mixture is a `Mixture` or a `Particle`, which is refused where it was made for other vocabularies; None: all
+    experts with equal weights, log-linear.
+    """
 
     def __init__(self, experts: Mapping[str, Expert], cache: Path | None = None) -> None:
+        """cache: folder that keeps the tries of the vocabularies, which take seconds to build."""
         self._experts = dict(experts)
         self.ensemble = Ensemble.of({name: expert.spec for name, expert in self._experts.items()}, cache)
         self._ids = itertools.count(1)
+
+    @classmethod
+    def load(
+        cls,
+        models: Mapping[str, str | Path],
+        *,
+        backend: str = DEFAULT_BACKEND,
+        cache: Path | None = None,
+        engine: Mapping[str, EngineValue] | None = None,
+        device: str = "cpu",
+        dtype: str = "auto",
+        threads: int | None = None,
+        max_sequences: int = 16,
+        max_context: int = 2048,
+    ) -> Self:
+        """Load a model directory or hub id per name, all on one backend.
+
+        What the keywords mean is what the backend makes of them: see `TransformersExpert` and `experts.registry`.
+        threads is of the whole process. Raises ExpertLoadError, UnknownName for a backend that is not there, and
+        PluginError.
+        """
+        experts: dict[str, Expert] = {}
+        try:
+            for name, model in models.items():
+                experts[name] = load_expert(
+                    backend,
+                    name,
+                    model,
+                    engine=engine,
+                    device=device,
+                    dtype=dtype,
+                    threads=threads,
+                    max_sequences=max_sequences,
+                    max_context=max_context,
+                )
+            return cls(experts, cache)
+        except BaseException:
+            for expert in experts.values():
+                expert.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free every expert's model and sequences."""
+        for expert in self._experts.values():
+            expert.close()
+
+    def _mixture(self, mixture: Mixture | Particle | None) -> Mixture:
+        """Raises what `Particle.require_match` raises."""
+        if isinstance(mixture, Particle):
+            mixture.require_match({name: spec.vocabulary.fingerprint for name, spec in self.ensemble.specs.items()})
+            return mixture.mixture
+        return self.ensemble.uniform() if mixture is None else mixture
 
     def run(self, calls: Calls) -> dict[str, list[Outcome]]:
         """Run every expert's operations; one outcome per operation."""
@@ -57,8 +125,8 @@ class LocalEnsemble:
         del expert
         return next(self._ids)
 
-    def stream(self, decoder: Decoder) -> Iterator[str]:
-        """Text as it becomes complete; frees the KV however the caller leaves."""
+    def pieces(self, decoder: Decoder) -> Iterator[str]:
+        """Drive a decoder to its end: text as it becomes complete. Frees the KV however the caller leaves."""
         try:
             while not decoder.finished:
                 if calls := decoder.calls():
@@ -68,16 +136,43 @@ class LocalEnsemble:
         finally:
             self.run(decoder.close())
 
+    def stream(
+        self,
+        prompt: str,
+        mixture: Mixture | Particle | None = None,
+        request: DecodeRequest | None = None,
+        *,
+        chat: bool = False,
+    ) -> Iterator[str]:
+        """The text that continues `prompt`, in pieces of whole characters.
+
+        request: None continues to the end of the text or of a context, sampled at temperature 1 with seed 0. Raises
+        BadParameter for a prompt or settings that cannot be used, UnknownName and FingerprintMismatch for the mixture.
+        """
+        decoder = self.decoder(prompt, self._mixture(mixture), request or DecodeRequest(), chat=chat)
+        return self.pieces(decoder)
+
     def generate(
-        self, prompt: str, mixture: Mixture, request: DecodeRequest, *, chat: bool = False
+        self,
+        prompt: str,
+        mixture: Mixture | Particle | None = None,
+        request: DecodeRequest | None = None,
+        *,
+        chat: bool = False,
     ) -> tuple[str, Finish]:
-        """The whole text and how it ended."""
-        decoder = self.decoder(prompt, mixture, request, chat=chat)
-        text = "".join(self.stream(decoder))
+        """The whole text of `stream`, and how it ended."""
+        decoder = self.decoder(prompt, self._mixture(mixture), request or DecodeRequest(), chat=chat)
+        text = "".join(self.pieces(decoder))
         return text, decoder.finish
 
     def score(
-        self, prompt: str, text: str, mixture: Mixture, *, chat: bool = False, stride: int | None = None
+        self,
+        prompt: str,
+        text: str,
+        mixture: Mixture | Particle | None = None,
+        *,
+        chat: bool = False,
+        stride: int | None = None,
     ) -> Score:
         """Log-probability of `text` after `prompt`, under the ensemble and under each of its experts.
 
@@ -85,6 +180,7 @@ class LocalEnsemble:
         """
         if not text:
             raise BadParameter("text", text, "at least one byte")
+        mixture = self._mixture(mixture)
         prompts = self.encode(mixture, prompt, chat=chat)
         tokens = self._tokens(prompts, text)
         specs = self.ensemble.specs

@@ -9,8 +9,7 @@ from token_swarm import ranges
 from token_swarm.errors import BadParameter
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW
 from token_swarm.mixing.groups import Unit
-from token_swarm.mixing.shaping import Shaping
-from token_swarm.mixing.union_unit import DEFAULT_FLOOR
+from token_swarm.mixing.sampling import Sampling
 
 _ALLOWED = {
     "seed": ranges.SEED,
@@ -18,7 +17,6 @@ _ALLOWED = {
     "max_tokens": ranges.MAX_TOKENS,
     "epsilon": ranges.EPSILON,
     "window": ranges.WINDOW,
-    "union_floor": ranges.UNION_FLOOR,
     "draft_tokens": ranges.DRAFT_TOKENS,
 }
 
@@ -39,12 +37,11 @@ class DecodeRequest:
 
     max_tokens counts the tokens of the expert that needs fewest, max_bytes the bytes of the text; the first limit
     reached ends it. Stop strings are matched on bytes and are not part of the text. epsilon and window: see
-    `token_swarm.mixing.byte_group`. union_floor: log-probability of a token that an expert lacks, in the union unit
-    under the log-linear rule. draft_tokens: most tokens that each expert forwards beyond what the text needs at that
-    point, see `token_swarm.decoding.drafts`; the text is the same.
+    `token_swarm.mixing.byte_group`. draft_tokens: most tokens that each expert forwards beyond what the text needs at
+    that point, see `token_swarm.decoding.drafts`; the text is the same.
     """
 
-    shaping: Shaping = field(default_factory=Shaping)
+    sampling: Sampling = field(default_factory=Sampling)
     unit: Unit = Unit.AUTO
     seed: int = 0
     max_bytes: int | None = None
@@ -52,7 +49,6 @@ class DecodeRequest:
     stop: tuple[bytes, ...] = ()
     epsilon: float = DEFAULT_EPSILON
     window: int | None = DEFAULT_WINDOW
-    union_floor: float = DEFAULT_FLOOR
     draft_tokens: int = 0
 
     def __post_init__(self) -> None:

@@ -72,9 +72,9 @@ def apply_lengths(op: Op, lengths: dict[int, int]) -> None:
 
 def row_count(op: Op) -> int:
     """Logit rows that `op` returns when it is not refused."""
-    if not isinstance(op, Open | Extend):
+    if not isinstance(op, Open | Extend) or op.rows is Rows.NONE:
         return 0
-    return {Rows.NONE: 0, Rows.LAST: 1, Rows.ALL: len(op.tokens)}[op.rows]
+    return len(op.tokens) if op.rows is Rows.ALL else 1
 
 
 def _name(op: Op) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from token_swarm.kernels import eager, native
+from token_swarm.kernels import eager, native, reference
 from token_swarm.kernels.union_map import UnionMap
 from token_swarm.particle import Rule
 
@@ -58,6 +59,8 @@ def describe() -> dict[str, str]:
 
 def mix(logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, allowed: Tensor) -> Tensor:
     """Mix experts over one vocabulary; see `reference.mix`. float32 [rows, width], float64 when the logits are."""
+    if not rule.has_kernel:
+        return _by_definition(reference.mix, logits, weights, temperatures, rule, allowed)
     mixed: Tensor = _for(*logits).mix(logits, weights, temperatures, rule, allowed)
     return mixed
 
@@ -66,8 +69,18 @@ def mix_union(
     logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, rule: Rule, union: UnionMap, floor: float
 ) -> Tensor:
     """Mix experts over the union of vocabularies; see `reference.mix_union`. [rows, union.size], dtype as `mix`."""
+    if not rule.has_kernel:
+        return _by_definition(reference.mix_union, logits, weights, temperatures, rule, union, floor)
     mixed: Tensor = _for(*logits).mix_union(logits, weights, temperatures, rule, union, floor)
     return mixed
+
+
+def _by_definition(function: Callable[..., Tensor], logits: Sequence[Tensor], *arguments: Any) -> Tensor:
+    """A rule that no kernel knows: the definition in float64, on the CPU. Returned as the kernels would."""
+    wide = torch.float64 in [table.dtype for table in logits]
+    moved = [each.cpu() if isinstance(each, Tensor) else each for each in arguments]
+    mixed = function([table.cpu() for table in logits], *moved)
+    return mixed.to(logits[0].device, torch.float64 if wide else torch.float32)
 
 
 def shape(probabilities: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -96,6 +109,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Straight from logits to tokens: `choose` of `shape` of `mix`, greedy where `temperature` is 0."""
     kernels = _for(*logits)
+    if not rule.has_kernel:
+        shaped = eager.shape(mix(logits, weights, temperatures, rule, allowed), temperature, top_k, top_p, min_p)
+        return choose(shaped, uniforms, temperature == 0)
     if kernels not in (native, eager):
         chosen: tuple[Tensor, Tensor] = kernels.sample(
             logits, weights, temperatures, rule, allowed, temperature, top_k, top_p, min_p, uniforms
@@ -132,3 +148,10 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
     """Log-likelihood of items under log-linear particles; see `reference.score_log_linear`. [particles, items]."""
     scores: Tensor = _for(log_probs).score_log_linear(log_probs, targets, weights, offsets)
     return scores
+
+
+def score_byte_laws(log_probs: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor, rule: Rule) -> Tensor:
+    """Log-likelihood of items under any rule that mixes whole laws; see `reference.score_combined`."""
+    if rule is Rule.LOG_LINEAR:
+        return score_log_linear(log_probs, targets, weights, offsets)
+    return reference.score_combined(log_probs, targets, weights, offsets, rule)

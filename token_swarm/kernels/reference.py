@@ -33,7 +33,8 @@ def mix(
     logits: one [rows, width] per expert, of any floating dtype; weights, temperatures: [rows, experts], so that
     every row may mix differently; allowed: bool [width].
     linear: sum_e w_e softmax(l_e / T_e) / sum_e w_e; log-linear: softmax(sum_e w_e log_softmax(l_e / T_e)), where
-    a token that some expert gives probability 0 stays out whatever the sign of the weight.
+    a token that some expert gives probability 0 stays out whatever the sign of the weight. Any other rule: its own
+    `combine`.
     Returns float64 [rows, width]; a row sums to 1 and is 0 where not allowed, or is bad.
     """
     mixed = [
@@ -56,7 +57,11 @@ def _mix_row(logits: Sequence[Tensor], weights: Tensor, temperatures: Tensor, ru
 
 
 def _combine(asked: Sequence[tuple[float, Tensor]], rule: Rule, bad: Tensor) -> Tensor:
-    """The mixture of log-probabilities under either rule; `bad` when nothing is left."""
+    """The mixture of log-probabilities under any rule; `bad` when nothing is left."""
+    if not rule.has_kernel:
+        rows = torch.stack([row for _, row in asked])
+        joint = rule.combine(rows, torch.tensor([w for w, _ in asked], dtype=torch.float64, device=rows.device))
+        return torch.softmax(joint, dim=-1) if bool((joint > -torch.inf).any()) else bad
     if rule is Rule.LINEAR:
         return torch.stack([w * row.exp() for w, row in asked]).sum(0) / sum(w for w, _ in asked)
     joint = torch.stack([w * row for w, row in asked]).sum(0)
@@ -93,7 +98,7 @@ def mix_union(
             broken = broken or not -torch.inf < float(own.max()) < torch.inf
             masses = torch.zeros(union.size, dtype=torch.float64, device=device)
             masses.index_add_(0, tokens, torch.softmax(own, dim=-1))
-            asked.append((w, masses.log().clamp(min=floor if rule is Rule.LOG_LINEAR else -torch.inf)))
+            asked.append((w, masses.log().clamp(min=-torch.inf if rule.normalised else floor)))
         mixed.append(bad if broken or not asked else _combine(asked, rule, bad))
     return torch.stack(mixed)
 
@@ -211,6 +216,17 @@ def score_log_linear(log_probs: Tensor, targets: Tensor, weights: Tensor, offset
         used = own.nonzero()[:, 0]
         joint = (log_probs[:, used].double() * own[used, None]).sum(1)
         joint = torch.where(log_probs[:, used].isfinite().all(1), joint, -torch.inf)
+        scores[particle] = joint[rows, targets] - joint.logsumexp(1)
+    return _by_item(scores, offsets)
+
+
+def score_combined(log_probs: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor, rule: Rule) -> Tensor:
+    """As `score_log_linear`, under any rule."""
+    scores = torch.zeros((weights.shape[0], targets.numel()), dtype=torch.float64, device=log_probs.device)
+    rows = torch.arange(targets.numel(), device=log_probs.device)
+    for particle, own in enumerate(weights.double()):
+        used = own.nonzero()[:, 0]
+        joint = rule.combine(log_probs[:, used].movedim(1, 0), own[used])
         scores[particle] = joint[rows, targets] - joint.logsumexp(1)
     return _by_item(scores, offsets)
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from token_swarm.errors import BadLogits, NoContinuation
@@ -14,8 +15,7 @@ from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.mixing.byte_group import ByteGroup
 from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw, LawMaker
 from token_swarm.mixing.groups import Group, Unit, as_shares
-from token_swarm.mixing.sampling import Sampler
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampler, Sampling
 from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.trie import ROOT, ByteTrie
 from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
@@ -113,14 +113,14 @@ class ByteUnit:
         groups: Sequence[Group],
         tries: Mapping[str, ByteTrie],
         prompts: Mapping[str, EncodedPrompt],
-        shaping: Shaping,
+        sampling: Sampling,
         *,
         epsilon: float,
         window: int | None,
     ) -> None:
         self.groups: Sequence[Group] = tuple(groups)
         self.stopwatch = Stopwatch()
-        self._shaping = shaping
+        self._sampling = sampling
         self._makers: list[LawMaker] = []
         starts: list[ByteGroup] = []
         for group in self.groups:
@@ -159,7 +159,7 @@ class ByteUnit:
         if mixed.is_sharp:
             rows = [row.double() for row in rows]
         heat = mixed.only_temperature
-        if heat is not None and not self._shaping.changes_law and rows[0].device.type == "cpu":
+        if heat is not None and not self._sampling.changes_law and rows[0].device.type == "cpu":
             # Nothing to mix: what is left is a softmax, made where its masses are needed.
             with stopwatch.measure(Part.PREFIX_MASS):
                 mixed.check(rows)
@@ -170,7 +170,7 @@ class ByteUnit:
         with stopwatch.measure(Part.MIX):
             probabilities = mixed.token_law(rows)
             own = mixed.member_laws(rows) if len(rows) > 1 else []
-            shaped = self._shaping.apply(probabilities, wide=True) if self._shaping.changes_law else None
+            shaped = self._sampling.apply(probabilities, wide=True) if self._sampling.changes_law else None
         with stopwatch.measure(Part.PREFIX_MASS):
             members = tuple(make(law) for law in own)
             if shaped is None:
@@ -201,9 +201,9 @@ class ByteUnit:
         whole = self.law()
         law = np.where(kept, whole, 0.0)
         law = law if law.any() else whole
-        if not self._shaping.changes_law or not law.any():
+        if not self._sampling.changes_law or not law.any():
             raise NoContinuation(name for group in self.groups for name in group.names)
-        law = (law / law.max()) ** (1 / self._shaping.temperature)
+        law = (law / law.max()) ** (1 / self._sampling.temperature)
         relaxed: Array = law / law.sum()
         return relaxed
 
@@ -271,13 +271,20 @@ class ByteUnit:
 def mix_bytes(laws: Sequence[Array], weights: Sequence[float], rule: Rule) -> Array:
     """Mix byte laws ([257] each) of groups; a law of zeros belongs to a lost group and is left out.
 
-    linear: sum_g W_g P_g; log-linear: proportional to prod_g P_g^W_g. A symbol that a group with negative weight
-    excludes is excluded, as one that a group with positive weight excludes: 0 to a negative power is no law.
+    linear: sum_g W_g P_g; log-linear: proportional to prod_g P_g^W_g; any other rule: its `combine`. Under log-linear a
+    symbol that a group with negative weight excludes is excluded, as one that a group with positive weight excludes: 0
+    to a negative power is no law.
     """
     living = [(law, weight) for law, weight in zip(laws, weights, strict=True) if law.any() and weight != 0]
     if not living:
         return np.zeros(SYMBOLS)
-    if rule is Rule.LINEAR:
+    if not rule.has_kernel:
+        logs = torch.from_numpy(np.stack([law for law, _ in living])).log()
+        joint = rule.combine(logs, torch.tensor([weight for _, weight in living], dtype=torch.float64)).numpy()
+        if not (joint > -np.inf).any():
+            return np.zeros(SYMBOLS)
+        mixed = np.exp(joint - joint.max())
+    elif rule is Rule.LINEAR:
         mixed = np.sum([weight * law for law, weight in living], axis=0)
     else:
         possible = np.all([law > 0 for law, _ in living], axis=0)

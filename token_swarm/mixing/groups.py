@@ -62,7 +62,7 @@ class Group:
     @cached_property
     def only_temperature(self) -> Tensor | None:
         """The temperature, float64 [1], at which the softmax of the only member's logits is the group's law."""
-        if len(self.experts) > 1:
+        if len(self.experts) > 1 or not self.rule.has_kernel:
             return None
         exponent = self.exponents[0] if self.rule is Rule.LOG_LINEAR else 1.0
         return torch.tensor([self.temperatures[0] / exponent], dtype=torch.float64) if exponent > 0 else None
@@ -106,6 +106,11 @@ class Group:
                 for row, heat in zip(rows, self.temperatures, strict=True)
             ]
         )
+        if not self.rule.has_kernel:
+            joint = self.rule.combine(logs, torch.tensor(self.exponents, dtype=torch.float64))
+            if not bool((joint > -torch.inf).any()):
+                raise NoContinuation(self.names)
+            return np.asarray(torch.log_softmax(joint, 0).numpy(), dtype=np.float64)
         powers = torch.tensor(self.exponents, dtype=torch.float64)[:, None]
         if self.rule is Rule.LINEAR:
             return np.asarray(torch.logsumexp(logs + powers.log(), 0).numpy(), dtype=np.float64)
@@ -174,7 +179,7 @@ def make_groups(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Grou
     for name, spec in specs.items():
         if name in active:
             keyed.setdefault((spec.vocabulary.fingerprint, spec.canonical), []).append(spec)
-    total = sum(active.values()) if mixture.rule is Rule.LINEAR else 1.0
+    total = sum(active.values()) if mixture.rule.normalised else 1.0
     groups = []
     for members in keyed.values():
         weights = [active[spec.name] for spec in members]
@@ -191,7 +196,7 @@ def make_rows(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Group,
     """
     mixture.require_known(specs)
     active = mixture.active
-    total = sum(active.values()) if mixture.rule is Rule.LINEAR else 1.0
+    total = sum(active.values()) if mixture.rule.normalised else 1.0
     return tuple(
         Group((spec,), (1.0,), (mixture.temperatures.get(name, 1.0),), active[name] / total, mixture.rule)
         for name, spec in specs.items()
@@ -202,7 +207,7 @@ def make_rows(specs: Mapping[str, ExpertSpec], mixture: Mixture) -> tuple[Group,
 def split_weights(weights: Sequence[float], rule: Rule, *, alone: bool) -> tuple[float, tuple[float, ...]]:
     """(weight across groups, weights inside the group) of a group's members."""
     total = sum(weights)
-    if rule is Rule.LOG_LINEAR and (alone or ranges.cancel(weights)):
+    if not rule.normalised and (alone or ranges.cancel(weights)):
         # A single group is the plain product of experts; weights that cancel have no mean to be divided by.
         return 1.0, tuple(weights)
     return total, tuple(weight / total for weight in weights)

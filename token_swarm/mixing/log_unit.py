@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from token_swarm.experts.contract import EncodedPrompt
@@ -204,7 +205,10 @@ class LogUnit:
         rule = self.groups[0].rule
         living = [(law, g.weight) for law, g in zip(laws, self.groups, strict=True) if law.max() > NOTHING and g.weight]
         mixed = np.zeros(SYMBOLS) if living and rule is Rule.LOG_LINEAR else np.full(SYMBOLS, NOTHING)
-        for law, weight in living:
+        if living and not rule.has_kernel:
+            weights = torch.tensor([weight for _, weight in living], dtype=torch.float64)
+            mixed = rule.combine(torch.from_numpy(np.stack([law for law, _ in living])), weights).numpy()
+        for law, weight in living if rule.has_kernel else ():
             if rule is Rule.LINEAR:
                 mixed = np.logaddexp(mixed, math.log(weight) + law)
             else:

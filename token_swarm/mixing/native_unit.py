@@ -219,6 +219,6 @@ class NativeByteUnit(ByteUnit):
         return stretch
 
 
-def byte_unit_type() -> type[ByteUnit]:
-    """The fastest byte unit there is on this machine."""
-    return ByteUnit if native.library() is None else NativeByteUnit
+def byte_unit_type(rule: Rule = Rule.LINEAR) -> type[ByteUnit]:
+    """The fastest byte unit for a rule on this machine."""
+    return NativeByteUnit if rule.has_kernel and native.library() is not None else ByteUnit

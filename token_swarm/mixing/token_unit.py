@@ -9,8 +9,7 @@ from torch import Tensor
 
 from token_swarm import kernels
 from token_swarm.mixing.groups import Group, Unit
-from token_swarm.mixing.sampling import Sampler
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampler, Sampling
 from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.unit import Need, Walk
 
@@ -20,10 +19,10 @@ class TokenUnit:
 
     kind = Unit.TOKEN
 
-    def __init__(self, group: Group, tokens: tuple[int, ...], shaping: Shaping) -> None:
+    def __init__(self, group: Group, tokens: tuple[int, ...], sampling: Sampling) -> None:
         self.groups: Sequence[Group] = (group,)
         self.stopwatch = Stopwatch()
-        self._shaping = shaping
+        self._sampling = sampling
         self._tokens = tokens
         self._prompt_length = len(tokens)
         self._law: Tensor | None = None
@@ -43,7 +42,7 @@ class TokenUnit:
         del made
         group = self.groups[need.group]
         with self.stopwatch.measure(Part.MIX):
-            self._law = self._shaping.apply(group.token_law(rows))
+            self._law = self._sampling.apply(group.token_law(rows))
             self._members = group.member_laws(rows) if len(rows) > 1 else []
 
     def walk(self, sampler: Sampler, *, max_bytes: int, max_tokens: int | None) -> Walk:

@@ -36,8 +36,7 @@ from token_swarm.errors import BadLogits, NoContinuation
 from token_swarm.experts.contract import EncodedPrompt
 from token_swarm.kernels import UnionMap
 from token_swarm.mixing.groups import Group, Unit, as_shares, is_distribution
-from token_swarm.mixing.sampling import Sampler
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampler, Sampling
 from token_swarm.mixing.stopwatch import Part, Stopwatch
 from token_swarm.mixing.trie import ROOT, ByteTrie
 from token_swarm.mixing.unit import Need, Walk, walk_by_symbol
@@ -74,10 +73,11 @@ class UnionUnit:
 
     Symbols are places in `union.texts`; `union` is the map of the groups' vocabularies, in their order. `tries` maps a
     vocabulary fingerprint to its trie; `prompts` an expert to its encoding of the prompt, which is kept as it is.
-    floor: nats, finite and below 0. Raises ValueError for a group of several experts.
+    Raises ValueError for a group of several experts.
     """
 
     kind = Unit.UNION
+    floor = DEFAULT_FLOOR
 
     def __init__(
         self,
@@ -85,9 +85,7 @@ class UnionUnit:
         union: UnionMap,
         tries: Mapping[str, ByteTrie],
         prompts: Mapping[str, EncodedPrompt],
-        shaping: Shaping,
-        *,
-        floor: float = DEFAULT_FLOOR,
+        sampling: Sampling,
     ) -> None:
         for group in groups:
             if len(group.experts) != 1:
@@ -95,8 +93,7 @@ class UnionUnit:
         self.groups: Sequence[Group] = tuple(groups)
         self.stopwatch = Stopwatch()
         self._union = union
-        self._shaping = shaping
-        self._floor = floor
+        self._sampling = sampling
         self._readers: list[_Reader] = []
         for group in self.groups:
             tokens = prompts[group.names[0]].tokens
@@ -124,10 +121,10 @@ class UnionUnit:
         reader.row, reader.fresh = row, True
         if not self.due():
             with self.stopwatch.measure(Part.MIX):
-                self._law = self._shaping.apply(self._mix()).numpy()
+                self._law = self._sampling.apply(self._mix()).numpy()
 
     def _mix(self) -> Tensor:
-        """The union law before shaping: [union.size], summing to 1."""
+        """The union law before reshaping: [union.size], summing to 1."""
         rows = [reader.row for reader in self._readers if reader.row is not None]
         weights = [0.0 if reader.lost else g.weight for g, reader in zip(self.groups, self._readers, strict=True)]
         heats = [group.temperatures[0] for group in self.groups]
@@ -136,7 +133,7 @@ class UnionUnit:
         table = torch.tensor([weights, heats], dtype=torch.float64, device=device)
         logits = [row[None].to(device) for row in rows]
         rule = self.groups[0].rule
-        mixed = kernels.mix_union(logits, table[:1], table[1:], rule, self._union, self._floor)[0].cpu()
+        mixed = kernels.mix_union(logits, table[:1], table[1:], rule, self._union, self.floor)[0].cpu()
         if bool(mixed[0].isnan()):
             self._blame()
         if any(reader.lost for reader in self._readers):

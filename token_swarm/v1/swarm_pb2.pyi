@@ -127,8 +127,6 @@ class _ExpertStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertSta
     DESCRIPTOR: _descriptor.EnumDescriptor
     EXPERT_STATE_UNSPECIFIED: _ExpertState.ValueType  # 0
     """Never sent."""
-    EXPERT_STATE_STARTING: _ExpertState.ValueType  # 1
-    """The process runs and the model is being loaded. Not sent by this server, which answers once all experts are there."""
     EXPERT_STATE_READY: _ExpertState.ValueType  # 2
     """The expert answers."""
     EXPERT_STATE_DOWN: _ExpertState.ValueType  # 3
@@ -139,8 +137,6 @@ class ExpertState(_ExpertState, metaclass=_ExpertStateEnumTypeWrapper):
 
 EXPERT_STATE_UNSPECIFIED: ExpertState.ValueType  # 0
 """Never sent."""
-EXPERT_STATE_STARTING: ExpertState.ValueType  # 1
-"""The process runs and the model is being loaded. Not sent by this server, which answers once all experts are there."""
 EXPERT_STATE_READY: ExpertState.ValueType  # 2
 """The expert answers."""
 EXPERT_STATE_DOWN: ExpertState.ValueType  # 3

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from token_swarm.cores import available_cores
 from token_swarm.v1 import swarm_pb2
-from token_swarm_server.config.cores import available_cores
 from token_swarm_server.config.settings import Settings
 
 _PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy")

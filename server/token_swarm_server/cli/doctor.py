@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from token_swarm.cores import available_cores
 from token_swarm_server.cli import options, session
-from token_swarm_server.config.cores import available_cores
 from token_swarm_server.config.places import default_cache
 
 if TYPE_CHECKING:

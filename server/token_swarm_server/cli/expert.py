@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from token_swarm.experts.vllm.options import check_options, parse_options
+from token_swarm.experts.registry import check_backend, parse_options
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import CliError
 from token_swarm_server.cli.serve import require_free
@@ -22,10 +22,12 @@ def expert(
     name: Annotated[str, typer.Argument(help="What weights call the expert.")],
     model: Annotated[str, typer.Option(help="Directory, Hugging Face id, or demo:NAME.")],
     address: Annotated[str, typer.Option(help="Where to listen: host:port or unix:/path.")] = "127.0.0.1:50071",
-    backend: Annotated[str, typer.Option(help="What runs the model: transformers or vllm.")] = "transformers",
+    backend: Annotated[
+        str, typer.Option(help="What runs the model: transformers, vllm, or one of another distribution.")
+    ] = "transformers",
     engine: Annotated[
         list[str] | None,
-        typer.Option(help="Argument of the vllm engine, see docs/vllm.md; repeatable.", metavar="KEY=VALUE"),
+        typer.Option(help="Option of the backend's own, of vllm see docs/vllm.md; repeatable.", metavar="KEY=VALUE"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda:0, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -71,9 +73,7 @@ def expert(
         raise CliError(f"NAME: {name!r} is not a valid expert name; it must match {EXPERT_NAME}")
     try:
         arguments = parse_options(engine or [])
-        check_options(arguments)
-        if arguments and backend != "vllm":
-            raise ValueError(f"engine: is for the vllm backend; --backend is {backend}")
+        check_backend(backend, arguments)
     except ValueError as error:
         raise CliError(f"--{error}") from error
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from token_swarm.particle import Particle, Rule
+from token_swarm.particle import Particle
 from token_swarm_server.cli import options, session
 from token_swarm_server.cli.errors import CliError
 
@@ -123,7 +123,7 @@ def _side_by_side(loaded: list[Particle]) -> Table:
 def _weight(particle: Particle, name: str) -> float | None:
     """The weight of an expert as it acts: linear weights are divided by their sum."""
     weight = particle.mixture.weights.get(name)
-    if weight is None or particle.mixture.rule is not Rule.LINEAR:
+    if weight is None or not particle.mixture.rule.normalised:
         return weight
     return weight / sum(particle.mixture.weights.values())
 

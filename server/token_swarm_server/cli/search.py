@@ -20,8 +20,11 @@ from token_swarm_server.config.places import default_cache
 
 if TYPE_CHECKING:
     from token_swarm.particle import Rule
+    from token_swarm.search.run.experts import LocalExperts
     from token_swarm.search.run.run import SearchConfig
-    from token_swarm_server.search.task import Goal, Judging, LocalExperts, Preparation, RemoteExperts
+    from token_swarm.search.run.task import Preparation
+    from token_swarm.search.utilities import Goal, Judging
+    from token_swarm_server.search.experts import RemoteExperts
 
 _DECODING = "Of utilities that write text: "
 
@@ -52,7 +55,9 @@ def search(
     particles: Annotated[
         Path | None, typer.Option(help="Also write the particle into this folder, for a server.", metavar="DIR")
     ] = None,
-    rule: options.RuleOption = None,
+    rule: Annotated[
+        str | None, typer.Option(help="linear, log-linear, or one of another distribution.", metavar="NAME")
+    ] = None,
     temperatures: Annotated[bool, typer.Option("--temperatures", help="Also learn a temperature per expert.")] = False,
     optimiser: Annotated[
         str, typer.Option(help="swarm, model-swarms, cma, nelder-mead, differential-evolution or random.")
@@ -115,11 +120,10 @@ def search(
     `token-swarm examples` writes examples/.
     """
     with _told():
-        from token_swarm.particle import Rule
         from token_swarm.search.optimisers.space import Space
         from token_swarm.search.report.measure import Measure
+        from token_swarm.search.run.task import Preparation
         from token_swarm_server.cli.search_display import Display
-        from token_swarm_server.search.task import Preparation
 
         if (config is None) == (address is None):
             raise CliError("--config: give it (experts are loaded here) or --address (of a server that runs)")
@@ -134,13 +138,13 @@ def search(
         if not 0 <= test < 1:
             raise BadParameter("--test", test, "a share of at least 0 and below 1")
         check_folders(out, particles, name)
-        measure = Measure.of(goals[0].utility.value if len(goals) == 1 else "harmonic")
+        measure = Measure.of(goals[0].utility if len(goals) == 1 else "harmonic")
         with Display(session.stderr_console(), measure, iterations) as display:
             experts, names, default_rule = _remote(address, credentials, workers) if address else _local(config)
-            space = Space(names, Rule(rule.value) if rule else default_rule, temperatures)
+            space = Space(names, _rule(rule) if rule else default_rule, temperatures)
             check_optimisers(chosen, reference or (), space)
             preparation = Preparation(
-                experts, goals, judging, space, test, display.reading, display.say, int(rows_limit * 1e9)
+                experts, goals, space, judging, test, display.reading, display.say, int(rows_limit * 1e9)
             )
             preparation.check()
             processes = 1 if address else workers
@@ -175,16 +179,24 @@ def _told() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def _rule(name: str) -> Rule:
+    """Raises BadParameter, and PluginError for one of another distribution."""
+    from token_swarm.rules import RULES, Rule
+
+    if name not in RULES.names():
+        raise BadParameter("--rule", name, f"one of {', '.join(RULES.names())}")
+    return Rule(name)
+
+
 def _goals(utilities: list[str], files: list[Path], limit: int | None) -> tuple[Goal, ...]:
-    from token_swarm_server.search.task import Goal, UtilityName
+    from token_swarm.search.utilities import UTILITIES, Goal
 
     if len(utilities) != len(files):
         raise CliError(f"--data: {len(files)} files for {len(utilities)} utilities; give one --data for each --utility")
-    names = [each.value for each in UtilityName]
     for each in utilities:
-        if each not in names:
-            raise BadParameter("--utility", each, f"one of {', '.join(names)}")
-    return tuple(Goal.load(UtilityName(each), path, limit) for each, path in zip(utilities, files, strict=True))
+        if each not in UTILITIES.names():
+            raise BadParameter("--utility", each, f"one of {', '.join(UTILITIES.names())}")
+    return tuple(Goal.load(each, path, limit) for each, path in zip(utilities, files, strict=True))
 
 
 def _judging(
@@ -199,9 +211,8 @@ def _judging(
     judge_key: str | None,
 ) -> Judging:
     from token_swarm.decoding.request import DecodeRequest
-    from token_swarm.mixing.shaping import Shaping
-    from token_swarm.search.utilities import NUMBER, JudgeSettings, Normalise
-    from token_swarm_server.search.task import Judging
+    from token_swarm.mixing.sampling import Sampling
+    from token_swarm.search.utilities import NUMBER, JudgeSettings, Judging, Normalise
 
     if normalise not in [each.value for each in Normalise]:
         raise BadParameter("--normalise", normalise, "sum or bytes")
@@ -214,7 +225,7 @@ def _judging(
         reward=reward,
         judge=None if judge is None else JudgeSettings(judge, judge_model, key_variable=judge_key),
         request=DecodeRequest(
-            shaping=Shaping(temperature=temperature),
+            sampling=Sampling(temperature=temperature),
             max_bytes=max_bytes,
             stop=tuple(options.read_text("--stop", each).encode() for each in stop or ()),
         ),
@@ -228,7 +239,7 @@ def _require_parts(goals: tuple[Goal, ...], judging: Judging, references: list[s
     for each in references:
         if each not in OPTIMISERS:
             raise BadParameter("--reference", each, f"one of {', '.join(OPTIMISERS)}")
-    names = [goal.utility.value for goal in goals]
+    names = [goal.utility for goal in goals]
     if "judge" in names and judging.judge is None:
         raise CliError(
             "--judge: is missing; give the URL of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1"
@@ -267,11 +278,11 @@ def _search_config(
 def _local(config: Path | None) -> tuple[LocalExperts, tuple[str, ...], Rule]:
     """(experts, their names, the configuration's rule)."""
     from token_swarm.particle import Rule
-    from token_swarm_server.search.task import LocalExperts
+    from token_swarm_server.search.experts import configured_experts
 
     settings = load_settings(config)
     models = session.ready_models(settings, session.stderr_console())
-    return LocalExperts.of(settings, models), tuple(models), Rule(settings.coordinator.rule)
+    return configured_experts(settings, models), tuple(models), Rule(settings.coordinator.rule)
 
 
 def _remote(
@@ -279,8 +290,8 @@ def _remote(
 ) -> tuple[RemoteExperts, tuple[str, ...], Rule]:
     from token_swarm.particle import Rule
     from token_swarm_server.cli.client import require_private_token
+    from token_swarm_server.search.experts import RemoteExperts
     from token_swarm_server.search.remote import RemoteEnsemble
-    from token_swarm_server.search.task import RemoteExperts
 
     require_private_token(address, credentials)
     server = RemoteEnsemble(address, tls=credentials.tls, token=credentials.token)
@@ -302,8 +313,8 @@ def _run(
     from token_swarm.search.report.comparison import make_table
     from token_swarm.search.report.report import comparison_json, notes_of, write_report
     from token_swarm.search.run.run import PARTICLE, Search
+    from token_swarm.search.run.task import evaluating
     from token_swarm_server.cli.search_display import left_out_lines
-    from token_swarm_server.search.task import evaluating
 
     task = preparation.task(workers=workers if ray is None else max(workers, 2))
     for line in left_out_lines(task.left_out):

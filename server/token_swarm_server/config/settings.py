@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from token_swarm.experts.vllm.options import check_options, parse_value
+from token_swarm.experts.registry import BACKENDS, DEFAULT_BACKEND, check_backend, parse_value
 from token_swarm.mixing.defaults import DEFAULT_EPSILON, DEFAULT_WINDOW, MOST_DRAFT_TOKENS
 from token_swarm.particle import Mixture, Rule
 from token_swarm.ranges import EPSILON, SECONDS, WINDOW
+from token_swarm.rules import RULES
 from token_swarm_server.config.addresses import check_target, parse_listen
 from token_swarm_server.config.places import default_cache
 
@@ -49,6 +50,12 @@ def _listen_tcp(value: str) -> str:
 def _read_text(value: object) -> object:
     """The environment has nothing but text."""
     return parse_value(value) if isinstance(value, str) else value
+
+
+def _rule_name(value: str) -> str:
+    if value not in RULES.names():
+        raise ValueError(f"must be one of {', '.join(map(repr, RULES.names()))}")
+    return value
 
 
 def _otlp_endpoint(value: str) -> str:
@@ -119,9 +126,10 @@ class ExpertSettings(BaseModel):
 
     model: Annotated[str, Field(min_length=1)] | None = None
     """Directory or Hugging Face id; `demo:smollm2`, `demo:qwen2.5-coder` and `demo:gemma3` are fetched when missing."""
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: str = DEFAULT_BACKEND
+    """`transformers`, `vllm`, or one that another distribution adds (docs/extending.md)."""
     engine: dict[str, Annotated[bool | int | float | str, BeforeValidator(_read_text)]] = Field(default_factory=dict)
-    """Engine arguments of the vllm backend; docs/vllm.md lists them."""
+    """Options of the backend's own; docs/vllm.md lists those of vllm."""
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -145,15 +153,19 @@ class ExpertSettings(BaseModel):
         """`prefill_chunk`, or its default."""
         return self.prefill_chunk or (_CHUNK_ON_CPU if self.device == "cpu" else _CHUNK_ELSEWHERE)
 
+    def backend_options(self) -> dict[str, Any]:
+        """What `load_expert` is told beside names and the model."""
+        return self.model_dump(include={"device", "dtype", "threads", "max_sequences", "max_context", "engine"})
+
     @model_validator(mode="after")
     def _startable_or_running(self) -> ExpertSettings:
         if self.model is None and self.address is None:
             raise ValueError("give model (to start the expert) or address (of one that runs)")
         if self.tls is not None and self.address is None:
             raise ValueError("tls: is for an expert with an address; one that is started here has a private socket")
-        if self.engine and self.backend != "vllm":
-            raise ValueError(f"engine: is for the vllm backend; backend is {self.backend}")
-        check_options(self.engine)
+        if self.python is None or BACKENDS.is_built_in(self.backend):
+            # Another interpreter may have backends that this one does not have; its own process says so.
+            check_backend(self.backend, self.engine)
         return self
 
 
@@ -203,7 +215,8 @@ class CoordinatorSettings(BaseModel):
     """Listen where other machines can reach the server, even without encryption or without knowing who calls."""
     particles: Path | None = None
     """Folder of particle JSON files that requests may name."""
-    rule: Literal["linear", "log-linear"] = "log-linear"
+    rule: Annotated[str, AfterValidator(_rule_name)] = "log-linear"
+    """`linear`, `log-linear`, or one that another distribution adds (docs/extending.md)."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Mixture of a request that names none; empty: uniform over all experts."""
     epsilon: Annotated[float, Field(ge=EPSILON.low, lt=EPSILON.high)] = DEFAULT_EPSILON

@@ -8,13 +8,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
+from token_swarm.cores import available_cores
 from token_swarm.decoding.decoder import ExpertUse, Finish
 from token_swarm.decoding.ensemble import Ensemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.decoding.score import Score
 from token_swarm.errors import BadParameter
 from token_swarm.mixing.groups import Unit
-from token_swarm_server.config.cores import available_cores
 from token_swarm_server.config.settings import CoordinatorSettings, Settings
 from token_swarm_server.coordinator.admission import Admission
 from token_swarm_server.coordinator.expert.link import ExpertLink, LinkOptions, LinkState, Reviver

@@ -14,7 +14,8 @@ import torch
 
 from token_swarm.decoding.forwards import Outcome
 from token_swarm.experts.contract import Close, ExpertSpec, Extend, Op, Open, Rows
-from token_swarm_server.expert_protocol.messages import TimedStepResult, check_ops, row_count
+from token_swarm.experts.ops import row_count
+from token_swarm_server.expert_protocol.messages import TimedStepResult, check_ops
 from token_swarm_server.rpc.errors import ExpertUnavailable, TransportError
 from token_swarm_server.telemetry.observer import Observer, Step, Watch
 

@@ -9,7 +9,7 @@ from token_swarm.decoding.request import DecodeRequest, FinishReason
 from token_swarm.decoding.score import Score
 from token_swarm.errors import BadParameter
 from token_swarm.mixing.groups import Unit
-from token_swarm.mixing.shaping import Shaping
+from token_swarm.mixing.sampling import Sampling
 from token_swarm.particle import Mixture, Particle, Rule
 from token_swarm.v1 import swarm_pb2
 from token_swarm_server.coordinator.engine import Finished
@@ -44,12 +44,12 @@ def mixture_from_proto(message: swarm_pb2.Mixture, default_rule: Rule) -> Mixtur
 
 
 def mixture_to_proto(mixture: Mixture) -> swarm_pb2.Mixture:
-    """A mixture as a message."""
+    """A mixture as a message. A rule that is not built in is left open: messages have no name for it."""
     weights = [
         swarm_pb2.ExpertWeight(expert=name, weight=weight, temperature=mixture.temperatures.get(name))
         for name, weight in mixture.weights.items()
     ]
-    return swarm_pb2.Mixture(rule=RULES[mixture.rule], weights=weights)
+    return swarm_pb2.Mixture(rule=RULES.get(mixture.rule, swarm_pb2.RULE_UNSPECIFIED), weights=weights)
 
 
 def request_from_proto(
@@ -66,22 +66,22 @@ def request_from_proto(
     """
     if message.unit not in _UNIT_OF:
         raise BadParameter("unit", message.unit, f"one of {sorted(_UNIT_OF)}")
-    sampling = message.sampling
+    asked = message.sampling
 
     def given(field: str, default: float) -> float:
-        return float(getattr(sampling, field)) if sampling.HasField(field) else default  # type: ignore[arg-type]
+        return float(getattr(asked, field)) if asked.HasField(field) else default  # type: ignore[arg-type]
 
-    shaping = Shaping(
+    sampling = Sampling(
         temperature=given("temperature", 1.0),
-        top_k=sampling.top_k if sampling.HasField("top_k") else 0,
+        top_k=asked.top_k if asked.HasField("top_k") else 0,
         top_p=given("top_p", 1.0),
         min_p=given("min_p", 0.0),
     )
     limited = message.HasField("max_bytes") or message.HasField("max_tokens")
     return DecodeRequest(
-        shaping=shaping,
+        sampling=sampling,
         unit=_UNIT_OF[message.unit],
-        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
+        seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
         max_bytes=message.max_bytes if message.HasField("max_bytes") else (None if limited else default_max_bytes),
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         stop=tuple(stop.encode() for stop in message.stop),
@@ -123,7 +123,7 @@ def finish_to_proto(finished: Finished, request: DecodeRequest) -> swarm_pb2.Fin
             total_seconds=finished.total,
             breakdown=breakdown_to_proto(finished.parts, finished.forwards),
         ),
-        seed=None if request.shaping.greedy else request.seed,
+        seed=None if request.sampling.greedy else request.seed,
         certificate=finish.certificate,
         retired=finish.retired,
         unit=UNITS[finished.unit],

@@ -26,6 +26,7 @@ from token_swarm.experts.contract import (
     StepResult,
     Truncate,
 )
+from token_swarm.experts.ops import row_count
 from token_swarm.v1 import expert_pb2
 from token_swarm.vocabulary import Vocabulary
 from token_swarm_server.rpc.errors import TransportError
@@ -62,13 +63,6 @@ class TimedStepResult(StepResult):
     seconds: float
     batch_size: int
     inline: bool
-
-
-def row_count(op: Op) -> int:
-    """Logit rows that an operation returns unless it is refused."""
-    if not isinstance(op, Open | Extend) or op.rows is Rows.NONE:
-        return 0
-    return len(op.tokens) if op.rows is Rows.ALL else 1
 
 
 def check_ops(ops: Sequence[Op], max_rows: int) -> int:

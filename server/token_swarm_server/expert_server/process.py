@@ -10,14 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
-from token_swarm.errors import BadParameter
+from token_swarm.errors import BadParameter, PluginError
 from token_swarm_server.config.settings import ExpertSettings
 from token_swarm_server.rpc.host import LOCAL, Access
-
-if TYPE_CHECKING:
-    from token_swarm.experts.contract import Expert
 
 STOP_SECONDS = 5.0
 """Given to an expert that was asked to stop before it is killed."""
@@ -42,32 +38,19 @@ def run_expert(
     """
     # Minutes of imports would otherwise pass before a wrong flag is reported.
     from token_swarm.experts.loading import ExpertLoadError
+    from token_swarm.experts.registry import load_expert
     from token_swarm_server.expert_server.server import serve
 
     try:
-        expert = _load(name, model, settings)
-    except (ExpertLoadError, BadParameter, MemoryError) as error:
+        # A new process is what helps against a worker that died, and what the launcher makes of it.
+        expert = load_expert(settings.backend, name, model, **settings.backend_options(), on_failure=_stop)
+    except (ExpertLoadError, BadParameter, PluginError, MemoryError) as error:
         reason = " ".join(str(error).split()) or "out of memory"
         raise ExpertStartError(f"expert {name!r}: {reason}") from error
     try:
         asyncio.run(serve(expert, address, access=access, on_ready=on_ready))
     except BadParameter as error:
         raise ExpertStartError(f"expert {name!r}: {error}") from error
-
-
-def _load(name: str, model: str, settings: ExpertSettings) -> Expert:
-    """The expert on the backend that `settings` name. Raises ExpertLoadError."""
-    options: dict[str, Any] = settings.model_dump(
-        include={"device", "dtype", "threads", "max_sequences", "max_context"}
-    )
-    if settings.backend == "vllm":
-        from token_swarm.experts.vllm.expert import VllmExpert
-
-        # A new process is what helps against a worker that died, and what the launcher makes of it.
-        return VllmExpert(name, model, engine=settings.engine, on_failure=_stop, **options)
-    from token_swarm.experts.transformers.expert import TransformersExpert
-
-    return TransformersExpert(name, model, **options)
 
 
 def _stop() -> None:

@@ -15,6 +15,7 @@ import grpc
 
 from token_swarm.errors import FailedPrecondition
 from token_swarm.experts.contract import Expert
+from token_swarm.experts.ops import row_count
 from token_swarm.v1 import expert_pb2, expert_pb2_grpc
 from token_swarm_server.expert_protocol import messages as wire
 from token_swarm_server.expert_protocol import shared_memory as transport
@@ -107,7 +108,7 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
                 if request.WhichOneof("message") != "step" or request.step.number != number:
                     raise TransportError(f"expected step {number}")
                 ops = wire.ops_from_proto(request.step.ops)
-                if (rows := sum(map(wire.row_count, ops))) > self._description.max_rows_per_step:
+                if (rows := sum(map(row_count, ops))) > self._description.max_rows_per_step:
                     raise TransportError(
                         f"step {number} asks for {rows} logit rows; "
                         f"at most {self._description.max_rows_per_step} are allowed"

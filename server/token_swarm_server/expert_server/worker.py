@@ -22,6 +22,7 @@ from token_swarm.experts.contract import (
     StepResult,
     Truncate,
 )
+from token_swarm.experts.ops import row_count
 from token_swarm.v1 import expert_pb2
 from token_swarm_server.expert_protocol import messages as wire
 from token_swarm_server.expert_protocol import shared_memory as transport
@@ -55,7 +56,7 @@ class _Job:
     @property
     def rows(self) -> int:
         """Logit rows that the step asks for."""
-        return sum(map(wire.row_count, self.ops))
+        return sum(map(row_count, self.ops))
 
 
 def _move(op: Op, base: int) -> Op:

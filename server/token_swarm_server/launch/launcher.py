@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from token_swarm.cores import available_cores
 from token_swarm_server.config.addresses import stays_on_this_machine
-from token_swarm_server.config.cores import available_cores
 from token_swarm_server.config.settings import ClientTls, ExpertSettings, Settings
 from token_swarm_server.launch.supervisor import ExpertProcess, RestartPolicy
 from token_swarm_server.rpc.channels import open_channel

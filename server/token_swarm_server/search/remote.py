@@ -17,7 +17,7 @@ from token_swarm.search.score_cache.cache import ExpertKey
 from token_swarm.search.utility import UtilityUnavailable
 from token_swarm.v1 import swarm_pb2, swarm_pb2_grpc
 from token_swarm_server.config.settings import ClientTls
-from token_swarm_server.coordinator.messages import UNITS, mixture_to_proto
+from token_swarm_server.coordinator.messages import RULES, UNITS, mixture_to_proto
 from token_swarm_server.rpc.channels import PUBLIC_OPTIONS, open_blocking_channel
 from token_swarm_server.rpc.diagnosis import COORDINATOR, find
 
@@ -87,17 +87,20 @@ def request_to_proto(prompt: str, mixture: Mixture, request: DecodeRequest, chat
     """
     if request.window != DEFAULT_WINDOW:
         raise BadParameter("window", request.window, f"{DEFAULT_WINDOW}: a server keeps to its own")
-    shaping = request.shaping
+    if mixture.rule not in RULES:
+        known = [each.value for each in RULES]
+        raise BadParameter("rule", mixture.rule.value, f"one of {known}: requests can name no other")
+    sampling = request.sampling
     return swarm_pb2.GenerateRequest(
         prompt=prompt,
         chat=chat,
         mixture=mixture_to_proto(mixture),
         unit=UNITS[request.unit],
         sampling=swarm_pb2.Sampling(
-            temperature=shaping.temperature,
-            top_k=shaping.top_k or None,
-            top_p=shaping.top_p,
-            min_p=shaping.min_p,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k or None,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
             seed=request.seed,
         ),
         max_bytes=request.max_bytes,

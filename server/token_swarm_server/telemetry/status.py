@@ -26,7 +26,7 @@ class Link(Protocol):
 
     @property
     def state(self) -> enum.Enum:
-        """ready, starting or down."""
+        """ready or down."""
         ...
 
     @property

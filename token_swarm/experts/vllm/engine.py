@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from token_swarm.experts.loading import ExpertLoadError, dtype_of
-from token_swarm.experts.vllm.options import Value, engine_arguments
+from token_swarm.experts.registry import EngineValue
+from token_swarm.experts.vllm.options import engine_arguments
 
 SUPPORTED = "0.32"
 """Versions of vLLM that the private parts used here are known of: 0.32 and its patches."""
@@ -79,7 +80,7 @@ class VllmEngine:
         dtype: str,
         max_sequences: int,
         max_context: int,
-        options: Mapping[str, Value],
+        options: Mapping[str, EngineValue],
         on_failure: Callable[[], None] | None = None,
     ) -> None:
         """Load `model`. Raises ExpertLoadError, one line, for whatever vLLM refuses.
@@ -250,7 +251,7 @@ def _configure(
     dtype: torch.dtype | Literal["auto"],
     max_sequences: int,
     max_context: int,
-    options: Mapping[str, Value],
+    options: Mapping[str, EngineValue],
 ) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -313,7 +314,7 @@ def _start(config: Any, on_failure: Callable[[], None] | None) -> Any:
 
 
 @contextmanager
-def _one_line(model: str, version: str, max_context: int, options: Mapping[str, Value]) -> Iterator[None]:
+def _one_line(model: str, version: str, max_context: int, options: Mapping[str, EngineValue]) -> Iterator[None]:
     """Turn what vLLM raises while it starts into ExpertLoadError, one line that names the field at fault."""
     try:
         yield

@@ -25,11 +25,12 @@ from token_swarm.experts.loading import (
 )
 from token_swarm.experts.ops import row_count
 from token_swarm.experts.planned import PlannedExpert
+from token_swarm.experts.registry import EngineValue
 from token_swarm.experts.tokenizer.prompt import PromptEncoder
 from token_swarm.experts.tokenizer.spec import expert_spec
 from token_swarm.experts.vllm.check import CONTEXT, SEQUENCES, check_sessions
 from token_swarm.experts.vllm.engine import Chunk, VllmEngine, check_installed
-from token_swarm.experts.vllm.options import Value, check_options
+from token_swarm.experts.vllm.options import check_options
 from token_swarm.experts.vllm.sessions import KvShare, Session
 
 __all__ = ["ExpertLoadError", "VllmExpert"]
@@ -53,7 +54,7 @@ class VllmExpert(PlannedExpert):
         threads: int | None = None,
         max_sequences: int = 16,
         max_context: int = 2048,
-        engine: Mapping[str, Value] | None = None,
+        engine: Mapping[str, EngineValue] | None = None,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
         """Load `model`, a directory or hub id, and check that sessions equal plain requests.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
-Value: TypeAlias = bool | int | float | str
+from token_swarm.experts.registry import EngineValue
 
 
 @dataclass(frozen=True)
@@ -15,22 +14,22 @@ class _Option:
 
     argument: str
     allowed: str
-    check: Callable[[Value], bool]
+    check: Callable[[EngineValue], bool]
 
 
-def _count(value: Value) -> bool:
+def _count(value: EngineValue) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _flag(value: Value) -> bool:
+def _flag(value: EngineValue) -> bool:
     return isinstance(value, bool)
 
 
-def _name(value: Value) -> bool:
+def _name(value: EngineValue) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _fraction(value: Value) -> bool:
+def _fraction(value: EngineValue) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
@@ -53,7 +52,7 @@ OPTIONS: Mapping[str, _Option] = {
 """By the key of the configuration. What an expert sets itself is not here: dtype, max_context, max_sequences."""
 
 
-def check_options(options: Mapping[str, Value]) -> None:
+def check_options(options: Mapping[str, EngineValue]) -> None:
     """Refuse what cannot be passed on. Raises ValueError, one line that names the key."""
     for key, value in options.items():
         option = OPTIONS.get(key)
@@ -63,32 +62,6 @@ def check_options(options: Mapping[str, Value]) -> None:
             raise ValueError(f"engine.{key}: {value!r} is not allowed, it must be {option.allowed}")
 
 
-def parse_options(pairs: list[str]) -> dict[str, Value]:
-    """`KEY=VALUE` strings, as on a command line, to options.
-
-    Raises ValueError for a pair without `=`; the keys are for `check_options`.
-    """
-    options: dict[str, Value] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"engine: {pair!r} is not KEY=VALUE")
-        options[key] = parse_value(text)
-    return options
-
-
-def engine_arguments(options: Mapping[str, Value]) -> dict[str, Value]:
+def engine_arguments(options: Mapping[str, EngineValue]) -> dict[str, EngineValue]:
     """Checked options by the names of vLLM's EngineArgs."""
     return {OPTIONS[key].argument: value for key, value in options.items()}
-
-
-def parse_value(text: str) -> Value:
-    """A value that was written as text: true, false and numbers are read as such."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from token_swarm.errors import BadParameter
@@ -19,8 +19,28 @@ from token_swarm.search.optimisers.model_swarms import ModelSwarms, ModelSwarmsS
 from token_swarm.search.optimisers.particle_swarm import ParticleSwarm, SwarmSettings
 from token_swarm.search.optimisers.space import Space
 
-BASELINES = (CmaEs, NelderMead, DifferentialEvolution, RandomSearch)
-OPTIMISERS = tuple(kind.name for kind in (ParticleSwarm, ModelSwarms, *BASELINES))
+
+@dataclass(frozen=True)
+class OptimiserKind:
+    """An optimiser and the dataclass of its settings, which has `particles` and `iterations` among them.
+
+    It is made as optimiser(space, settings, seed=...). polishes: it also takes `smooth`, see `Utility`.
+    """
+
+    optimiser: Callable[..., Optimiser]
+    settings: type
+    polishes: bool = False
+
+
+_KINDS = {
+    "swarm": OptimiserKind(ParticleSwarm, SwarmSettings, polishes=True),
+    "model-swarms": OptimiserKind(ModelSwarms, ModelSwarmsSettings),
+    "cma": OptimiserKind(CmaEs, BaselineSettings),
+    "nelder-mead": OptimiserKind(NelderMead, BaselineSettings),
+    "differential-evolution": OptimiserKind(DifferentialEvolution, BaselineSettings),
+    "random": OptimiserKind(RandomSearch, BaselineSettings),
+}
+OPTIMISERS = tuple(_KINDS)
 """Names that `make_optimiser` knows; the first is the default."""
 
 
@@ -31,14 +51,11 @@ def make_optimiser(
 
     smooth: see Utility. Raises BadParameter for an unknown name, an unknown setting or a value it cannot have.
     """
-    if name == ParticleSwarm.name:
-        return ParticleSwarm(space, _settings(SwarmSettings, settings), smooth=smooth, seed=seed)
-    if name == ModelSwarms.name:
-        return ModelSwarms(space, _settings(ModelSwarmsSettings, settings), seed=seed)
-    for kind in BASELINES:
-        if name == kind.name:
-            return kind(space, _settings(BaselineSettings, settings), seed=seed)
-    raise BadParameter("optimiser", name, f"one of {list(OPTIMISERS)}")
+    if name not in _KINDS:
+        raise BadParameter("optimiser", name, f"one of {list(OPTIMISERS)}")
+    kind = _KINDS[name]
+    more = {"smooth": smooth} if kind.polishes else {}
+    return kind.optimiser(space, _settings(kind.settings, settings), seed=seed, **more)
 
 
 def _settings(kind: Any, settings: Mapping[str, Any]) -> Any:

@@ -45,7 +45,7 @@ class Space:
     @property
     def on_simplex(self) -> bool:
         """Whether the weights are bound to the simplex."""
-        return self.rule is Rule.LINEAR
+        return self.rule.normalised
 
     @property
     def lower(self) -> Array:

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 from token_swarm.search.report.statistics import Interval
-
-_ACCURACIES = ("multiple-choice", "preference", "exact-match", "regex")
+from token_swarm.search.utilities.registry import UTILITIES, utility_kind
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Measure:
         """The scale for the utility of that name."""
         if utility == "loglikelihood":
             return cls("bits per byte", -1 / math.log(2), 4, higher_is_better=False)
-        if utility in _ACCURACIES:
+        if utility in UTILITIES.names() and utility_kind(utility).percent:
             return cls("accuracy, %", 100.0, 1, higher_is_better=True)
         return cls(utility, 1.0, 4, higher_is_better=True)
 

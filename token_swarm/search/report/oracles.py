@@ -125,6 +125,8 @@ def likelihood_optimum(space: Space, utility: Utility) -> tuple[Mixture, Optimum
         return None
     if whole.cache.experts != space.experts or not whole.cache.bytewise:
         return None
+    if not space.rule.has_kernel:
+        return None  # what it does is not known here
     if space.rule is Rule.LINEAR:
         optimum = em_linear(whole.cache.masses(passages).numpy())
     else:

@@ -135,7 +135,7 @@ class ScoreCache:
         for i, mixture in enumerate(mixtures) if chosen else ():
             if needs[i].across:
                 scores[i] = self._groups.score(mixture, chosen)
-        for rule, by_bytes in product(Rule, (True, False)) if chosen else ():
+        for rule, by_bytes in product(dict.fromkeys(own.rule for own in mixtures), (True, False)) if chosen else ():
             rows = [
                 i
                 for i, own in enumerate(mixtures)
@@ -148,8 +148,10 @@ class ScoreCache:
                 scores[rows] = self._tokens.score(own, chosen)
                 continue
             weights = torch.tensor([self._weights(mixture) for mixture in own], dtype=torch.float64)
-            score = self._score_linear if rule is Rule.LINEAR else self._score_log_linear
-            scores[rows] = score(weights, chosen).numpy()
+            if rule is Rule.LINEAR:
+                scores[rows] = self._score_linear(weights, chosen).numpy()
+            else:
+                scores[rows] = self._score_laws(weights, chosen, rule).numpy()
         return scores
 
     @property
@@ -189,7 +191,7 @@ class ScoreCache:
     def _weights(self, mixture: Mixture) -> list[float]:
         """The mixture as a row of the kernels' weights."""
         active = mixture.active
-        total = sum(active.values()) if mixture.rule is Rule.LINEAR else 1.0
+        total = sum(active.values()) if mixture.rule.normalised else 1.0
         return [active.get(name, 0.0) / total for name in self.experts]
 
     def _score_linear(self, weights: Tensor, chosen: list[int]) -> Tensor:
@@ -198,10 +200,10 @@ class ScoreCache:
         # its company, or evaluators would differ in the last digits.
         return torch.cat([kernels.score_linear(masses, row[None], offsets) for row in weights])
 
-    def _score_log_linear(self, weights: Tensor, chosen: list[int]) -> Tensor:
+    def _score_laws(self, weights: Tensor, chosen: list[int], rule: Rule) -> Tensor:
         pieces = []
         for own, laws in self._laws(chosen):
-            pieces.append(kernels.score_log_linear(laws, self.targets(own), weights, self.offsets(own)))
+            pieces.append(kernels.score_byte_laws(laws, self.targets(own), weights, self.offsets(own), rule))
         return torch.cat(pieces, dim=1)
 
     def _laws(self, chosen: list[int]) -> Iterator[tuple[list[int], Tensor]]:

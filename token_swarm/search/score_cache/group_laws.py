@@ -80,7 +80,7 @@ class ShardFiles:
 
 
 class GroupLaws:
-    """Scores log-linear mixtures of several groups, some of which are made of rows."""
+    """Scores mixtures of several groups, some of which are made of rows, under any but the linear rule."""
 
     def __init__(self, files: ShardFiles, byte_laws: Callable[[Sequence[int]], Tensor]) -> None:
         """byte_laws: passages -> log-laws of the experts alone, [positions, experts, 257]."""
@@ -112,11 +112,12 @@ class GroupLaws:
             if made is None:
                 return -np.inf
             laws.append(made)
-        score = kernels.score_log_linear(
+        score = kernels.score_byte_laws(
             torch.stack(laws, dim=1).float(),
             torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64)),
             torch.tensor([weights], dtype=torch.float64),
             torch.tensor([0, len(text)]),
+            mixture.rule,
         )
         return float(score[0, 0])
 

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from token_swarm import kernels
 from token_swarm.decoding.score import CanonicalPath
-from token_swarm.mixing.byte_group import SPLIT_DISCOUNT
-from token_swarm.mixing.byte_law import END, SYMBOLS, Array, ByteLaw
+from token_swarm.mixing.byte_group import BOUNDARY_FLOOR, SPLIT_DISCOUNT
+from token_swarm.mixing.byte_law import END, EXACT_BELOW, SYMBOLS, Array, ByteLaw
 from token_swarm.mixing.trie import ROOT, ByteTrie
 from token_swarm.vocabulary import Vocabulary
 
-_FLOOR = 1e-6  # as `mixing.byte_group` has it
-_EXACT_BELOW = 1e-7  # as `mixing.byte_law` has it
 _ROOT, _NONE = -1, -2
 
 IntArray = npt.NDArray[np.int64]
@@ -134,7 +132,7 @@ class Tape:
         born = np.flatnonzero(fresh >= 0)
         ended = masses[:, fresh[born]] - np.where(canonical[born] == 1, masses[:, row[born]], 0.0)
         ended = np.where(ended > 1e-12 * masses[:, fresh[born]], ended, 0.0)
-        boundary = roots + _FLOOR
+        boundary = roots + BOUNDARY_FLOOR
         boundary /= boundary.sum(2, keepdims=True)
         here = boundary[:, latest[byte[born]]]  # [mixtures, born, 257]
         leads = np.unpackbits(self.children, axis=1, count=SYMBOLS)
@@ -158,7 +156,7 @@ class Tape:
         ordered, cumulative = in_order.numpy(), sums.numpy()
         row, low, high = self.intervals.T
         masses = cumulative[row, high] - cumulative[row, low]
-        for index in np.flatnonzero(masses < _EXACT_BELOW).tolist():
+        for index in np.flatnonzero(masses < EXACT_BELOW).tolist():
             masses[index] = ordered[row[index], low[index] : high[index]].sum(dtype=np.float64)
         roots = np.zeros((len(ordered), SYMBOLS))
         first, last = int(trie.first_child[ROOT]), int(trie.first_child[ROOT + 1])

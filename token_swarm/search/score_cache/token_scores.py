@@ -42,7 +42,7 @@ def needed_detail(keys: Sequence[ExpertKey], mixture: Mixture) -> Need:
     """What scoring `mixture` takes of each expert.
 
     An expert that is alone in its group, at temperature 1, is mixed byte by byte. Others are mixed token by token:
-    under the linear rule their masses add up; temperatures and powers reshape whole rows.
+    under the linear rule their masses add up; temperatures, powers and rules that are not built in need whole rows.
     """
     active = [key for key in keys if key.name in mixture.active]
     groups: dict[tuple[str, str], list[str]] = {}
@@ -50,14 +50,14 @@ def needed_detail(keys: Sequence[ExpertKey], mixture: Mixture) -> Need:
         groups.setdefault(key.group, []).append(key.name)
     hot = [key.name for key in active if mixture.temperatures.get(key.name, 1.0) != 1.0]
     shared = [name for names in groups.values() if len(names) > 1 for name in names]
-    alone = mixture.rule is Rule.LOG_LINEAR and len(active) == 1 and mixture.weights[active[0].name] != 1
+    alone = not mixture.rule.normalised and len(active) == 1 and mixture.weights[active[0].name] != 1
     details: dict[str, Detail] = {}
     for names in groups.values():
         tokens = len(names) > 1
-        rows = any(name in hot for name in names) or (mixture.rule is Rule.LOG_LINEAR and (tokens or alone))
+        rows = any(name in hot for name in names) or (mixture.rule is not Rule.LINEAR and (tokens or alone))
         detail = Detail.ROWS if rows else Detail.MASSES if tokens else Detail.BYTES
         details.update(dict.fromkeys(names, detail))
-    across = mixture.rule is Rule.LOG_LINEAR and len(groups) > 1 and max(details.values()) is Detail.ROWS
+    across = mixture.rule is not Rule.LINEAR and len(groups) > 1 and max(details.values()) is Detail.ROWS
     if hot:
         why = "1: a temperature reshapes tokens"
         return Need(details, across, f"temperatures[{hot[0]}]", mixture.temperatures[hot[0]], why)
@@ -74,7 +74,7 @@ def needed_detail(keys: Sequence[ExpertKey], mixture: Mixture) -> Need:
 class TokenScores:
     """Reads the files of Detail.MASSES and Detail.ROWS of several experts, and scores mixtures with them.
 
-    Mixtures of several groups under the log-linear rule: see `GroupLaws`.
+    Mixtures of several groups under any but the linear rule: see `GroupLaws`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TokenScores:
         weights = np.asarray([[mixture.active.get(key.name, 0.0) for key in self._keys] for mixture in mixtures])
         heats = np.asarray([[mixture.temperatures.get(key.name, 1.0) for key in self._keys] for mixture in mixtures])
         rule = mixtures[0].rule
-        if rule is Rule.LINEAR:
+        if rule.normalised:
             weights = weights / weights.sum(axis=1, keepdims=True)
         columns = [self._passage(passage, weights, heats, rule) for passage in passages]
         return np.stack(columns, axis=1)
@@ -120,7 +120,7 @@ class TokenScores:
                 else self._from_rows(tape, passage, members, weights[i], heats[i], rule)
                 for i in mixed
             ]
-            # Under the log-linear rule a mixture has one group: nothing is added to it.
+            # Under any but the linear rule a mixture has one group: nothing is added to it.
             probability[mixed] += shares[mixed, None] * np.exp(_log_probs(tape, masses))
         with np.errstate(divide="ignore"):
             total: Array = np.log(probability).sum(axis=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,16 +11,8 @@ from token_swarm.particle import Mixture
 from token_swarm.search.data import ChoiceExample, PreferenceExample
 from token_swarm.search.score_cache.cache import ScoreCache
 from token_swarm.search.score_cache.reader import Passage
+from token_swarm.search.utilities.kind import CachedKind, Normalise
 from token_swarm.search.utility import Array, Scores, as_items
-
-
-class Normalise(enum.Enum):
-    """How continuations of different lengths are compared."""
-
-    SUM = "sum"
-    """By their log-probability."""
-    BYTES = "bytes"
-    """By their log-probability per byte."""
 
 
 class _Continuations:
@@ -98,3 +89,17 @@ class Preference(_Continuations):
         compared = self._compare(mixtures, items)
         columns = [(np.sign(scores[:, 0] - scores[:, 1]) + 1) / 2 for _, scores in compared]
         return _accuracy(columns, len(mixtures))
+
+
+MULTIPLE_CHOICE = CachedKind(
+    ChoiceExample,
+    MultipleChoice.passages,
+    lambda examples, cache, judging: MultipleChoice(cache, examples, judging.normalise),
+    percent=True,
+)
+PREFERENCE = CachedKind(
+    PreferenceExample,
+    Preference.passages,
+    lambda examples, cache, judging: Preference(cache, examples, judging.normalise),
+    percent=True,
+)

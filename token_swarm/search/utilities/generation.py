@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
@@ -19,8 +19,10 @@ from token_swarm.decoding.in_process import LocalEnsemble
 from token_swarm.decoding.request import DecodeRequest
 from token_swarm.errors import BadParameter
 from token_swarm.files import replacing
-from token_swarm.particle import Mixture, Rule
+from token_swarm.mixing.union_unit import DEFAULT_FLOOR
+from token_swarm.particle import Mixture
 from token_swarm.search.data import AnswerExample, Example, PatternExample
+from token_swarm.search.utilities.kind import WrittenKind
 from token_swarm.search.utility import Scores, as_items
 
 Generate: TypeAlias = Callable[[str, Mixture, DecodeRequest, bool], str]
@@ -85,7 +87,7 @@ class Generations:
 
     def _key(self, example: Example, mixture: Mixture) -> str:
         active = mixture.active
-        total = sum(active.values()) if mixture.rule is Rule.LINEAR else 1.0
+        total = sum(active.values()) if mixture.rule.normalised else 1.0
         document = [
             example.prompt,
             example.chat,
@@ -93,7 +95,7 @@ class Generations:
             sorted((name, weight / total) for name, weight in active.items()),
             sorted((name, t) for name, t in mixture.temperatures.items() if name in active and t != 1),
             sorted((name, mark) for name, mark in self.fingerprints.items() if name in active),
-            repr(replace(self.request, seed=self.seed(example))),
+            _settings_key(replace(self.request, seed=self.seed(example))),
         ]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
@@ -117,6 +119,26 @@ class Generations:
         if (path := self._path(key)) is not None:
             with replacing(path) as file:
                 file.write(json.dumps({"prompt": example.prompt, "text": text}, ensure_ascii=False).encode())
+
+
+_FIRST_FIELDS = ("sampling", "unit", "seed", "max_bytes", "max_tokens", "stop", "epsilon", "window", "draft_tokens")
+
+
+def _settings_key(request: DecodeRequest) -> str:
+    """The settings of a request as part of a text's key.
+
+    In the words in which the first texts were kept: a class or field that is renamed loses none of them. A field that
+    is not among the first ones takes part where it is not at its default.
+    """
+    sampling = request.sampling
+    shape = ", ".join(f"{name}={getattr(sampling, name)!r}" for name in ("temperature", "top_k", "top_p", "min_p"))
+    known = ", ".join(f"{name}={getattr(request, name)!r}" for name in _FIRST_FIELDS[1:-1])
+    text = f"shaping=Shaping({shape}), {known}, union_floor={DEFAULT_FLOOR!r}, draft_tokens={request.draft_tokens!r}"
+    plain = DecodeRequest()
+    for each in fields(request):
+        if each.name not in _FIRST_FIELDS and getattr(request, each.name) != getattr(plain, each.name):
+            text += f", {each.name}={getattr(request, each.name)!r}"
+    return f"DecodeRequest({text})"
 
 
 class GeneratedUtility(ABC, Generic[E]):
@@ -221,3 +243,11 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+EXACT_MATCH = WrittenKind(
+    AnswerExample,
+    lambda examples, texts, judging: ExactMatch(examples, texts, extract=judging.extract, numeric=judging.numeric),
+    percent=True,
+)
+REGEX = WrittenKind(PatternExample, lambda examples, texts, _: Regex(examples, texts), percent=True)

@@ -20,6 +20,7 @@ from token_swarm.files import replacing
 from token_swarm.search.data import PromptExample
 from token_swarm.search.utilities.generation import GeneratedUtility, Generations
 from token_swarm.search.utilities.judge_reply import HIGHEST, LOWEST, parse_score
+from token_swarm.search.utilities.kind import Judging, WrittenKind
 from token_swarm.search.utility import UtilityUnavailable
 
 logger = logging.getLogger(__name__)
@@ -213,3 +214,14 @@ class Judge(GeneratedUtility[PromptExample]):
     def judge(self, example: PromptExample, text: str) -> float:
         """See `JudgeClient.score`."""
         return float(self.client.score(example.prompt, text, example.reference))
+
+
+def _make(examples: Sequence[PromptExample], texts: Generations, judging: Judging) -> Judge:
+    """Raises BadParameter for a judge that is missing."""
+    if judging.judge is None:
+        raise BadParameter("judge", None, "the address and the name of a model that judges")
+    folder = None if texts.folder is None else texts.folder.parent / "judgements"
+    return Judge(examples, texts, JudgeClient(judging.judge, folder))
+
+
+KIND = WrittenKind(PromptExample, _make)

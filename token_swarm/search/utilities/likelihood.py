@@ -9,6 +9,7 @@ from token_swarm.particle import Mixture
 from token_swarm.search.data import TextExample
 from token_swarm.search.score_cache.cache import ScoreCache
 from token_swarm.search.score_cache.reader import Passage
+from token_swarm.search.utilities.kind import CachedKind
 from token_swarm.search.utility import Array, Scores, as_items
 
 
@@ -39,3 +40,6 @@ class LogLikelihood:
 def bits_per_byte(scores: Scores) -> Array:
     """Code length of likelihood `scores`, bits per byte: float64 [mixtures]."""
     return -scores.utility() / math.log(2)
+
+
+KIND = CachedKind(TextExample, LogLikelihood.passages, lambda _, cache, __: LogLikelihood(cache))

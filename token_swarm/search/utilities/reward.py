@@ -13,6 +13,7 @@ import torch
 from token_swarm.errors import BadParameter
 from token_swarm.search.data import PromptExample
 from token_swarm.search.utilities.generation import GeneratedUtility, Generations
+from token_swarm.search.utilities.kind import Judging, WrittenKind
 
 RewardFunction: TypeAlias = Callable[[str, str], float]
 """(prompt, text) -> a finite number; higher is better."""
@@ -82,3 +83,19 @@ class SequenceClassifier:
         tokens = self._tokenizer(prompt + text)["input_ids"][-limit:]
         logits = self._model(torch.tensor([tokens], device=self._device)).logits[0].float()
         return float(logits[0] if self._outputs == 1 else torch.log_softmax(logits, -1)[self._label])
+
+
+def _is_function(judging: Judging) -> bool:
+    """Whether the reward is module:function, not a model."""
+    return judging.reward is None or (":" in judging.reward and not Path(judging.reward).exists())
+
+
+def _make(examples: Sequence[PromptExample], texts: Generations, judging: Judging) -> Reward:
+    """Raises BadParameter for a reward that is missing or is no function."""
+    if judging.reward is None:
+        raise BadParameter("reward", None, "module:function, or the directory or hub id of a sequence classifier")
+    is_function = _is_function(judging)
+    return Reward(examples, texts, load_function(judging.reward) if is_function else SequenceClassifier(judging.reward))
+
+
+KIND = WrittenKind(PromptExample, _make, light=_is_function)

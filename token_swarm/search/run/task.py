@@ -1,4 +1,4 @@
-"""From a configuration and data files to a task of the search: experts loaded, data read, utilities made."""
+"""From experts and data to the task of a search: experts loaded, data read, utilities made."""
 
 from __future__ import annotations
 
@@ -9,52 +9,34 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from token_swarm.errors import BadParameter
-from token_swarm.experts.transformers.expert import TransformersExpert
+from token_swarm.experts.contract import Expert
 from token_swarm.search.data import LeftOutExample
 from token_swarm.search.evaluators import ProcessPoolEvaluator, RayEvaluator, Remade, SerialEvaluator
 from token_swarm.search.optimisers.space import Space
+from token_swarm.search.run.experts import LocalExperts, WritingExperts
 from token_swarm.search.run.run import Task
 from token_swarm.search.run.subset import Subset
 from token_swarm.search.score_cache.cache import ROWS_LIMIT, ExpertKey, ScoreCache, fill, filled, model_identity
 from token_swarm.search.score_cache.reader import Detail, Passage
 from token_swarm.search.score_cache.token_scores import needed_detail
-from token_swarm.search.utilities import Generations, Harmonic
+from token_swarm.search.utilities import CachedKind, Generations, Goal, Harmonic, Judging, WrittenKind
 from token_swarm.search.utility import Evaluator, Utility
-from token_swarm_server.search.experts import LocalExperts, RemoteExperts
-from token_swarm_server.search.goals import (
-    CACHED,
-    Goal,
-    Judging,
-    UtilityName,
-    cached,
-    passages_of_goal,
-    writing,
-)
-
-__all__ = [
-    "Goal",
-    "Judging",
-    "LocalExperts",
-    "Preparation",
-    "RemoteExperts",
-    "UtilityName",
-    "evaluating",
-]
 
 
 @dataclass(frozen=True)
 class Preparation:
     """What is searched, and with which experts.
 
-    progress: told the expert, the file, passages read and all of them. say: told in words what takes long, and why.
-    rows_limit: most bytes of one expert's logit rows.
+    goals: several are one harmonic mean. test: share of the examples that is held out, 0: none. progress: told the
+    expert, the file, passages read and all of them. say: told in words what takes long, and why. rows_limit: most bytes
+    of one expert's logit rows.
     """
 
-    experts: LocalExperts | RemoteExperts
-    goals: tuple[Goal, ...]
-    judging: Judging
+    experts: LocalExperts | WritingExperts
+    goals: Sequence[Goal]
     space: Space
-    test: float
+    judging: Judging = field(default_factory=Judging)
+    test: float = 0.5
     progress: Callable[[str, str, int, int], None] = field(default=lambda *_: None, repr=False)
     say: Callable[[str], None] = field(default=lambda _: None, repr=False)
     rows_limit: int = ROWS_LIMIT
@@ -71,19 +53,20 @@ class Preparation:
         With several workers, experts that write text are loaded in each of them instead of here. Raises BadParameter
         for data, experts or options that do not fit one another, ExpertLoadError, and what reading raises.
         """
-        passages = [passages_of_goal(goal) for goal in self.goals]
+        passages = [goal.passages for goal in self.goals]
         keys = self._keys(passages)
         generations = None
-        if workers == 1 and any(goal.utility not in CACHED for goal in self.goals):
+        if workers == 1 and not all(goal.cached for goal in self.goals):
             generations = self.experts.generations(self.judging.request, keys)
         caches = [
-            ScoreCache(self.experts.cache / "scores", list(keys.values()), own) if own else None for own in passages
+            ScoreCache(self.experts.cache / "scores", list(keys.values()), own)
+            if own and isinstance(self.experts, LocalExperts)
+            else None
+            for own in passages
         ]
         left_out = [_left_out(goal, cache, generations) for goal, cache in zip(self.goals, caches, strict=True)]
         splits = [self._sides(goal, own) for goal, own in zip(self.goals, left_out, strict=True)]
-        wholes = [
-            self._utility(goal, cache, keys, generations) for goal, cache in zip(self.goals, caches, strict=True)
-        ]
+        wholes = [self._utility(goal, cache, keys, generations) for goal, cache in zip(self.goals, caches, strict=True)]
         dev, test = (
             [Subset(whole, halves[side]) for whole, halves in zip(wholes, splits, strict=True) if halves[side]]
             for side in (0, 1)
@@ -118,14 +101,14 @@ class Preparation:
     def _keys(self, passages: Sequence[Sequence[Passage]]) -> dict[str, ExpertKey]:
         """Every expert's key; an expert reads all the passages that it has not read before."""
         experts = self.experts
-        if isinstance(experts, RemoteExperts):
+        if not isinstance(experts, LocalExperts):
             if any(passages):
-                cached = next(goal.utility.value for goal in self.goals if goal.utility in CACHED)
+                cached = next(goal.utility for goal in self.goals if goal.cached)
                 raise BadParameter("utility", cached, "one that writes text: a server's experts cannot read data")
-            return experts.server.keys()
-        loaded: dict[str, TransformersExpert] = {}
+            return experts.keys()
+        loaded: dict[str, Expert] = {}
 
-        def expert(name: str) -> TransformersExpert:
+        def expert(name: str) -> Expert:
             if name not in loaded:
                 self.say(f"loading {name}")
                 loaded[name] = experts.load(name)
@@ -149,7 +132,7 @@ class Preparation:
 
     def _known_key(self, experts: LocalExperts, name: str, passages: Sequence[Sequence[Passage]]) -> ExpertKey | None:
         """The key of an expert that has read some of this before, so that it may not have to be loaded."""
-        source, asked = model_identity(experts.models[name]), experts.settings[name].dtype
+        source, asked = model_identity(experts.models[name]), experts.dtype(name)
         for own in passages:
             key = filled(experts.cache / "scores", own, name, source) if own else None
             if key is not None and asked in ("auto", key.dtype.removeprefix("torch.")):
@@ -176,7 +159,7 @@ class Preparation:
     def _read(
         self,
         experts: LocalExperts,
-        expert: TransformersExpert,
+        expert: Expert,
         source: str,
         goal: Goal,
         passages: Sequence[Passage],
@@ -194,34 +177,38 @@ class Preparation:
         keys: Mapping[str, ExpertKey],
         generations: Generations | None,
     ) -> Utility:
-        if cache is not None:
-            return cached(goal, cache, self.judging.normalise)
-        if generations is not None:
-            return writing(goal, self.judging, generations)
-        if isinstance(self.experts, RemoteExperts):
+        kind = goal.kind
+        if cache is not None and isinstance(kind, CachedKind):
+            return kind.make(goal.dataset.examples, cache, self.judging)
+        if generations is not None and isinstance(kind, WrittenKind):
+            return kind.make(goal.dataset.examples, generations, self.judging)
+        if not isinstance(self.experts, LocalExperts):
             raise BadParameter("workers", "processes", "left out with a server, which writes several texts at a time")
         factory = partial(_in_worker, goal, self.judging, self.experts, keys)
-        return Remade(factory, name=goal.utility.value, smooth=False, items=len(goal.dataset))
+        return Remade(factory, name=goal.utility, smooth=False, items=len(goal.dataset))
 
     def _data_hash(self) -> str:
         digest = hashlib.sha256(f"{self.test}".encode())
         for goal in self.goals:
-            digest.update(f"\n{goal.utility.value} {goal.dataset.hash}".encode())
+            digest.update(f"\n{goal.utility} {goal.dataset.hash}".encode())
         return digest.hexdigest()
 
 
 def _in_worker(goal: Goal, judging: Judging, experts: LocalExperts, keys: Mapping[str, ExpertKey]) -> Utility:
     """The utility in a process that loads the experts for itself."""
-    return writing(goal, judging, experts.generations(judging.request, keys))
+    kind = goal.kind
+    if not isinstance(kind, WrittenKind):
+        raise TypeError(f"{goal.utility} is judged from a cache, for which no process loads experts")
+    return kind.make(goal.dataset.examples, experts.generations(judging.request, keys), judging)
 
 
 def _left_out(goal: Goal, cache: ScoreCache | None, generations: Generations | None) -> list[LeftOutExample]:
     """The examples of which an expert cannot read a passage, or the prompt of a text that is written."""
-    found = []
+    found, spans = [], goal.passages_of()
     for index, example in enumerate(goal.dataset.examples):
         own = None
         if cache is not None:
-            own = next((cache.left_out[i] for i in goal.passages_of(index) if i in cache.left_out), None)
+            own = next((cache.left_out[i] for i in spans[index] if i in cache.left_out), None)
         elif generations is not None:
             own = generations.refuses(example)
         if own is not None:
@@ -234,7 +221,7 @@ def _joined(halves: Sequence[Subset]) -> Utility:
 
 
 @contextmanager
-def evaluating(workers: int, ray: str | None) -> Iterator[Evaluator]:
+def evaluating(workers: int = 1, ray: str | None = None) -> Iterator[Evaluator]:
     """Where the utility runs: here, in `workers` processes, or on the Ray cluster at `ray` ("local" starts one).
 
     Raises BadParameter, ImportError where Ray is missing.
