@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 from tests.kernels.triton_inputs import blocks  # noqa: F401 - a fixture of the laws
 from tests.kernels.triton_laws import *  # noqa: F403
 from tests.kernels.triton_memory_laws import *  # noqa: F403
+from tests.kernels.triton_range_laws import *  # noqa: F403
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
 torch.set_num_threads(1)
