@@ -334,6 +334,7 @@ def test_doctor_reports_on_an_empty_cache(tmp_path):
     assert findings["demo:smollm2"].startswith("not fetched yet")
     assert findings["cores"] >= 1
     assert findings["torch"][0].isdigit()
+    assert findings["same text"].startswith("float32: ")
 
 
 def test_examples_are_written_and_are_valid(tmp_path, monkeypatch):

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("token-swarm", "torch", "transformers", "grpcio", "protobuf", "numpy", "gguf")
 _SHARED_MEMORY = Path("/dev/shm")
+_SAME_TEXT = (
+    "float32: alone and among others, with drafts and without; "
+    "bfloat16, float16: up to rounding, which depends on the batch"
+)
 
 
 def doctor(
@@ -49,6 +53,7 @@ def doctor(
         **{name: _version(name) for name in _PACKAGES},
         **_processor(),
         "kernels": _kernels(),
+        "same text": _SAME_TEXT,
         "shared memory": _shared_memory(),
         "cache": str(cache or default_cache()),
         **_demo_experts(cache or default_cache()),
