@@ -5,7 +5,8 @@ The accuracy stated here is what the ranges of `token_swarm.ranges` were chosen 
 - `mix` of the linear rule or of one expert, and `softmax_masses`: relative 2e-5 (eager 1e-4) down to 1e-30.
 - `mix` of several experts, log-linear rule: the same, and 2^-21 of the sum of |weight / temperature| times the spread
   of the expert's finite logits, while that sum of exponents is at most 8; beyond it the rows are mixed in float64.
-- `shape`: relative 2e-5, and 2^-22 / temperature.
+- `shape`: relative 2e-5, and 2^-22 / temperature, of probabilities that are normal float32 numbers; temperatures at
+  which smaller ones would count are given float64 (`Sampling.is_wide`).
 
 A row is NaN where an expert's logits are bad or the experts leave no token, and nowhere else.
 """
@@ -181,6 +182,7 @@ def test_union(kernels: ModuleType, mixture: tuple[list[Tensor], Tensor, Tensor]
 )
 def test_shape(kernels: ModuleType, row: Tensor, heat: float, top_k: int, top_p: float, min_p: float) -> None:
     probabilities = torch.softmax(row.float(), 0)[None]
+    probabilities[probabilities < 1.2e-38] = 0.0
     columns = (torch.tensor([heat]).double(), torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))
     ours, theirs = kernels.shape(probabilities, *columns), reference.shape(probabilities, *columns)
     relative = RELATIVE[kernels] + 2**-22 / heat

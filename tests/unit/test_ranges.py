@@ -7,12 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from token_swarm import ranges
 from token_swarm.errors import BadParameter
-from token_swarm.mixing.groups import split_weights
+from token_swarm.experts.toy import ToyExpert
+from token_swarm.mixing.groups import make_groups, split_weights
 from token_swarm.mixing.sampling import Sampling
+from token_swarm.mixing.token_unit import TokenUnit
 from token_swarm.particle import Mixture, Rule
+from token_swarm.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 ALL = (*ranges.REQUEST, *ranges.ELSEWHERE)
@@ -69,3 +73,14 @@ def test_weights_that_cancel_but_for_rounding_are_not_divided_by_what_is_left() 
 def test_a_mixture_without_an_expert_stays_in_range() -> None:
     mixture = Mixture({"a": 1.0, "b": 1.0, "c": -1.0 + 1e-9})
     assert mixture.without(["a"]).weights == {"b": 1.0, "c": -1.0 + 1e-9}
+
+
+def test_a_high_temperature_reaches_what_float32_has_no_room_for() -> None:
+    logits = torch.tensor([0.0, -200.0, -50.0])
+    vocabulary = Vocabulary((b"a", b"b", b"c"), ())
+    toy = ToyExpert("e0", vocabulary)
+    group = make_groups({"e0": toy.spec}, Mixture({"e0": 1.0}))[0]
+    unit = TokenUnit(group, (0,), Sampling(temperature=100.0))
+    unit.feed(unit.due()[0], [logits])
+    assert unit._law is not None
+    torch.testing.assert_close(unit._law.double(), torch.softmax(logits.double() / 100, 0))

@@ -156,7 +156,7 @@ class ByteUnit:
 
     def _law(self, group: int, rows: Sequence[Tensor], stopwatch: Stopwatch) -> ByteLaw:
         make, mixed = self._makers[group], self.groups[group]
-        if mixed.is_sharp:
+        if mixed.is_sharp or self._sampling.is_wide:
             rows = [row.double() for row in rows]
         heat = mixed.only_temperature
         if heat is not None and not self._sampling.changes_law and rows[0].device.type == "cpu":
@@ -170,7 +170,7 @@ class ByteUnit:
         with stopwatch.measure(Part.MIX):
             probabilities = mixed.token_law(rows)
             own = mixed.member_laws(rows) if len(rows) > 1 else []
-            shaped = self._sampling.apply(probabilities, wide=True) if self._sampling.changes_law else None
+            shaped = self._sampling.apply(probabilities) if self._sampling.changes_law else None
         with stopwatch.measure(Part.PREFIX_MASS):
             members = tuple(make(law) for law in own)
             if shaped is None:

@@ -18,6 +18,8 @@ from token_swarm import kernels, ranges
 _BLOCK = 64
 _WIDE_BELOW = 0.25
 """Below this temperature a token of e^-22 times the largest probability would be 0 in float32."""
+_WIDE_ABOVE = 4.0
+"""Above it a token that is e^-87 times as probable as the largest, 0 in float32, would count: e^-22 of it at 4."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,15 @@ class Sampling:
             0.0,
         )
 
-    def apply(self, probabilities: Tensor, *, wide: bool = False) -> Tensor:
-        """probabilities: [width], summing to 1. Returns a reshaped copy that sums to 1.
+    @property
+    def is_wide(self) -> bool:
+        """Whether the distribution has to be float64: float32 has too small a range at this temperature."""
+        return self.changes_law and not _WIDE_BELOW <= self.temperature <= _WIDE_ABOVE
 
-        wide: the result is to be multiplied with others, and is float64 where float32 would turn what is unlikely into
-        0 at this temperature.
-        """
+    def apply(self, probabilities: Tensor) -> Tensor:
+        """probabilities: [width], summing to 1. Returns a reshaped copy that sums to 1."""
         if not self.changes_law:
             return probabilities
-        if wide and self.temperature < _WIDE_BELOW:
-            probabilities = probabilities.double()
         return kernels.shape(
             probabilities[None],
             torch.tensor([self.temperature], dtype=torch.float64),

@@ -41,6 +41,8 @@ class TokenUnit:
         """Mix the members' rows into the law of the next token."""
         del made
         group = self.groups[need.group]
+        if self._sampling.is_wide:
+            rows = [row.double() for row in rows]
         with self.stopwatch.measure(Part.MIX):
             self._law = self._sampling.apply(group.token_law(rows))
             self._members = group.member_laws(rows) if len(rows) > 1 else []

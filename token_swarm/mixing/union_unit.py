@@ -131,7 +131,7 @@ class UnionUnit:
         # As in a group: mixed where the first expert leaves its logits, and only the mixture is moved.
         device = rows[0].device
         table = torch.tensor([weights, heats], dtype=torch.float64, device=device)
-        logits = [row[None].to(device) for row in rows]
+        logits = [(row.double() if self._sampling.is_wide else row)[None].to(device) for row in rows]
         rule = self.groups[0].rule
         mixed = kernels.mix_union(logits, table[:1], table[1:], rule, self._union, self.floor)[0].cpu()
         if bool(mixed[0].isnan()):
