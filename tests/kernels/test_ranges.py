@@ -154,7 +154,7 @@ def test_masses_of_one_expert(kernels: ModuleType, row: Tensor, heat: float, wei
 
 
 @drawn(150)
-@given(mixtures(), st.sampled_from(Rule))
+@given(mixtures(), st.sampled_from(list(Rule)))
 def test_union(kernels: ModuleType, mixture: tuple[list[Tensor], Tensor, Tensor], rule: Rule) -> None:
     logits, own, heats = mixture
     width = min(logits[0].shape[1], 200)
