@@ -184,7 +184,8 @@ class ExpertWeight(_message.Message):
     """Name of the expert, as ListExperts gives it."""
     weight: _builtins.float
     """Weight, from -1000 to 1000, under the linear rule from 0. Experts with weight 0 are not run; experts that are not
-        named have weight 0."""
+    named have weight 0.
+    """
     temperature: _builtins.float
     """Temperature applied to this expert's logits before mixing, from 0.05 to 100. Absent: 1."""
     def __init__(
