@@ -76,7 +76,7 @@ async def test_the_faster_expert_may_answer_nonsense(tmp_path: Path, made: list[
         running.experts["e0"].mischief = poisoned
         finished = [await text for text in texts]
         assert [written for written, _ in finished] == [undisturbed(prompt) for prompt in PROMPTS]
-        assert [name for name, _ in running.revived] == ["e0"]
+        assert running.revived == []  # bad for once: the probe finds it sound
         await running.nothing_held()
 
 
