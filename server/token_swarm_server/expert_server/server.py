@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from token_swarm import memory
 from token_swarm.errors import FailedPrecondition
 from token_swarm.experts.contract import Expert
 from token_swarm.experts.ops import row_count
@@ -89,10 +90,11 @@ class _Servicer(expert_pb2_grpc.ExpertServiceServicer):
             await errors.abort(context, exception)
 
     async def GetStats(self, request: expert_pb2.GetStatsRequest, context: _Context) -> expert_pb2.GetStatsResponse:
-        """Say what the expert held after its latest step."""
+        """Say what the expert held after its latest step, and what its process holds now."""
         stats = self._worker.stats
+        engine = {**stats.engine, "resident_bytes": memory.resident_bytes()}
         return expert_pb2.GetStatsResponse(
-            sequences=stats.sequences, tokens=stats.tokens, capacity=stats.capacity, engine=stats.engine
+            sequences=stats.sequences, tokens=stats.tokens, capacity=stats.capacity, engine=engine
         )
 
     async def Decode(  # type: ignore[override]  # the stubs know only the generator style

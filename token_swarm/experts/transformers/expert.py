@@ -149,11 +149,7 @@ class TransformersExpert(PlannedExpert):
     def stats(self) -> ExpertStats:
         """See `Expert.stats`."""
         capacity, tokens = self._spec.max_sequences * self._spec.max_context, sum(self._lengths.values())
-        held = {
-            "weight_bytes": self._weight_bytes,
-            "kv_bytes": tokens * self._cache.nbytes_per_token,
-            "resident_bytes": memory.resident_bytes(),
-        }
+        held = {"weight_bytes": self._weight_bytes, "kv_bytes": tokens * self._cache.nbytes_per_token}
         return ExpertStats(len(self._lengths), tokens, capacity, held)
 
     def close(self) -> None:

@@ -48,15 +48,16 @@ def packed_forward(
 
     Returns the logits of the tokens at `wanted`: [rows, width].
     """
-    batch = PackedBatch(runs, model.device)
+    device = model.device
+    batch = PackedBatch(runs, device)
     active = ACTIVE.set(batch)
     try:
         output = model(
-            input_ids=torch.tensor([tokens], device=model.device),
+            input_ids=torch.tensor([tokens], device=device),
             position_ids=batch.positions[None],
             use_cache=True,
             **{cache_argument(model): cache},
-            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=model.device),
+            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
         )
     finally:
         ACTIVE.reset(active)

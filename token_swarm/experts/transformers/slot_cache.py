@@ -31,12 +31,8 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._free = list(range(slots))
         # Free slots whose memory was touched.
         self._warm: set[int] = set()
-
-    @property
-    def nbytes_per_token(self) -> int:
+        self.nbytes_per_token = 0
         """Bytes that a position of one sequence takes in all layers; 0 before the first forward."""
-        positions = self._shape[0] * self._shape[1]
-        return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers) // positions
 
     def take(self) -> int:
         """The lowest free slot. Raises IndexError when there is none."""
@@ -102,4 +98,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:
         slots, context = self._shape
+        # Counted here: whoever asks what the expert holds does so after every step.
+        self.nbytes_per_token += states.shape[1] * states.shape[3] * states.element_size()
         return torch.empty(slots, states.shape[1], context, states.shape[3], dtype=states.dtype, device=states.device)
